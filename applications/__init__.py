@@ -1,0 +1,1 @@
+"""One folder per application, each with the same files; applications never import each other."""

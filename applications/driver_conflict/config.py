@@ -1,0 +1,42 @@
+"""[model] and [data] of driver_conflict, beside the sections that all applications share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fl_core.contracts.config import choice, number
+from fl_core.contracts.sections import AlgorithmConfig, ExportConfig, OptimizerConfig, PretrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    width: int = number(48, low=8, high=512, help="channels of the temporal convolutions")
+    blocks: int = number(1, low=1, high=6, help="residual blocks; the dilation doubles with each")
+    norm: str = choice("group", "batch", "group", "none")
+    positive_weight: float = number(1.0, low=0.01, high=100.0, help="weight of a conflict window in the loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    clients: int = number(24, low=1, high=100_000, help="vehicles that the generator makes")
+    events_per_client: int = number(6, low=1, high=1000, help="mean number of events of a generated vehicle")
+    holdout_fraction: float = number(0.25, low=0.0, high=0.9, help="share of vehicles kept out of training")
+    validation_fraction: float = number(
+        0.2, low=0.0, high=0.9, help="share of each vehicle's events kept for validation"
+    )
+    truncate: float = number(0.3, low=0.0, high=1.0, help="augmentation: share of windows with shortened history")
+    drop_sensor: float = number(0.3, low=0.0, high=1.0, help="augmentation: chance that a sensor is silent")
+    mirror: float = number(0.5, low=0.0, high=1.0, help="augmentation: chance that left and right are exchanged")
+    calibration: float = number(
+        1.0, low=0.0, high=10.0, help="augmentation: size of the errors of calibration, relative to ordinary ones"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

@@ -1,0 +1,29 @@
+"""Run every benchmark in turn: each is a module of this package with ``main(arguments)``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+
+import benchmarks
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser.add_argument("names", nargs="*", help="which ones (default: all)")
+    parser.add_argument("--quick", action="store_true", help="the smallest useful run of each")
+    args = parser.parse_args()
+    known = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_"))
+    unknown = set(args.names) - set(known)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    for name in args.names or known:
+        print(f"== {name}", flush=True)
+        importlib.import_module(f"benchmarks.{name}").main(["--quick"] if args.quick else [])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The face: composes each room's commands; owns demo, evaluate, doctor, apps."""

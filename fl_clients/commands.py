@@ -1,0 +1,154 @@
+"""``fieldfleet agent``: init, run, status, roll-back. Light to import: the agent's process stays small."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from fl_core.contracts.cli import Subparsers, command, emit
+from fl_core.contracts.errors import InputError
+from fl_core.contracts.names import checked_name
+
+
+def add_commands(subparsers: Subparsers) -> None:
+    group = subparsers.add_parser(
+        "agent", help="the agent on a device: its home, its life", description="The agent on a device."
+    )
+    inner = group.add_subparsers(dest="agent_command", required=True, metavar="COMMAND")
+    init = command(inner, "init", run_init, help="make this device's home and its key", config=False)
+    init.add_argument("home", type=Path, metavar="HOME")
+    init.add_argument("--server", required=True, metavar="URL", help="https://HOST:PORT of the federation server")
+    init.add_argument("--ca", type=Path, required=True, metavar="FILE", help="the server's ca.pem")
+    init.add_argument("--name", default="", help="a hint for the operator; the name given at registration counts")
+    init.add_argument("--application", default="", metavar="APP", help="the only application that may run here")
+    run = command(inner, "run", run_agent, help="take part: train, update, infer, report", config=False)
+    run.add_argument("home", type=Path, metavar="HOME")
+    run.add_argument("--data", metavar="DIR", help="this device's own data (default: as in agent.toml)")
+    run.add_argument("--once", action="store_true", help="update and infer once, then end")
+    run.add_argument("--serve", type=int, metavar="PORT", help="serve other programs on this device over gRPC")
+    run.add_argument("--no-train", action="store_true", help="take no part in federations")
+    run.add_argument("--no-infer", action="store_true", help="do not run the model on this device's data")
+    status = command(inner, "status", run_status, help="what this home holds", config=False)
+    status.add_argument("home", type=Path, metavar="HOME")
+    back = command(inner, "roll-back", run_roll_back, help="return to the former model", config=False)
+    back.add_argument("home", type=Path, metavar="HOME")
+
+
+def run_init(args: argparse.Namespace) -> int:
+    """The whole home or nothing: it appears only when key, settings and authority are in place."""
+    from fl_clients.connection import ServerConnection
+    from fl_clients.edge.settings import SETTINGS_NAME, AgentHome, settings_text
+    from fl_core.identity import ca, keys
+    from fl_core.learning.application import application
+    from fl_core.storage import atomic
+
+    if args.home.exists() and (not args.home.is_dir() or any(args.home.iterdir())):
+        raise InputError(f"{args.home}: exists and is not empty", remedy="name a new folder")
+    url = args.server if "://" in args.server else f"https://{args.server}"
+    if not url.startswith("https://"):
+        raise InputError(f"--server {args.server!r} is not an https:// address", remedy="write https://HOST:PORT")
+    ca.load_certificate(args.ca)
+    if args.name:
+        checked_name(args.name, "--name")
+    if args.application:
+        application(args.application)
+    with atomic.new_folder(args.home) as folder:
+        folder.chmod(0o700)
+        home = AgentHome(folder)
+        key = keys.create_device_key(home.key_file)
+        atomic.write_bytes(home.public_key_file, keys.public_pem(key))
+        atomic.write_bytes(home.ca_file, args.ca.read_bytes())
+        text = settings_text(url=url, name=args.name, application=args.application)
+        (folder / SETTINGS_NAME).write_text(text, encoding="utf-8")
+        home.settings()
+        ServerConnection(url, home.ca_file, key).close()
+    public = AgentHome(args.home).public_key_file
+    line = f"fieldfleet server register {public.name} --name {args.name or 'NAME'} --home HOME"
+    facts = {
+        "home": str(args.home),
+        "public_key": str(public),
+        "fingerprint": keys.fingerprint(keys.public_pem(key)),
+        "register": line,
+    }
+    emit(args, facts, f"{args.home}: made. Hand {public} to the server's operator, who runs:\n  {line}")
+    return 0
+
+
+def run_agent(args: argparse.Namespace) -> int:
+    from fl_clients.edge.settings import AgentHome
+    from fl_clients.edge.shell import Agent, RunOptions
+
+    home = AgentHome(args.home)
+    settings = home.settings()
+    if args.serve is not None and not 0 <= args.serve <= 65535:
+        raise InputError(f"--serve {args.serve}: not a port", remedy="accepted: 0 (any free one) to 65535")
+    port = args.serve if args.serve is not None else (settings.grpc.port if settings.roles.serve else None)
+    options = RunOptions(
+        data=home.data_folder(settings, args.data),
+        train=settings.roles.train and not args.no_train,
+        infer=settings.roles.infer and not args.no_infer,
+        serve_port=port,
+        once=args.once,
+    )
+    with home.lock():
+        agent = Agent(home, settings, options)
+        try:
+            agent.run()
+            facts = {"name": agent.name, "fleet": agent.fleet, **agent.facts()}
+        finally:
+            agent.close()
+    emit(args, facts, lambda: None if not args.once else print(_in_words(facts)))
+    return 0
+
+
+def _in_words(facts: dict[str, Any]) -> str:
+    model, inference = facts["model"], facts["inference"]
+    version = f"{model['application']} version {model['version']}" if model else "no model"
+    done = f"; {inference['num_examples']} examples, {inference['latency_ms_p50']} ms each" if inference else ""
+    return f"{facts['name']}: {version}{done}"
+
+
+def run_status(args: argparse.Namespace) -> int:
+    from fl_clients.edge.settings import AgentHome
+    from fl_clients.edge.slots import Slots
+    from fl_clients.edge.welcome import stored_welcome
+
+    home = AgentHome(args.home)
+    settings, found = home.settings(), stored_welcome(home)
+    current = Slots(args.home).open_current()
+    document: dict[str, Any] = {
+        "home": str(args.home),
+        "server": settings.server.url,
+        "name": found.name if found else None,
+        "fleet": found.fleet if found else None,
+        "application": settings.device.application,
+        "model": None,
+        "predictions": sorted(p.name for p in home.predictions.glob("*.csv")),
+    }
+    if current is not None:
+        bundle, target = current
+        manifest = bundle.manifest
+        document["model"] = {
+            "application": manifest.application,
+            "version": manifest.version,
+            "target": target,
+            "parent_sha256": manifest.parent_sha256,
+        }
+    lines = [f"{key:12} {value if value not in (None, '') else '-'}" for key, value in document.items()]
+    emit(args, document, "\n".join(lines))
+    return 0
+
+
+def run_roll_back(args: argparse.Namespace) -> int:
+    from fl_clients.edge.settings import AgentHome
+    from fl_clients.edge.slots import roll_back
+
+    AgentHome(args.home).settings()
+    state = roll_back(args.home)
+    emit(
+        args,
+        {"home": str(args.home), "version": state.version},
+        f"{args.home}: runs version {state.version} again; the agent picks it up at its next inference",
+    )
+    return 0

@@ -1,0 +1,137 @@
+"""The device's half of the MQTT link: birth, state, death; commands in, replies and reports out through the disk outbox."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from fl_clients.connection import Welcome
+from fl_clients.edge.settings import AgentHome, MqttSettings
+from fl_core.contracts.errors import IntegrityError
+from fl_core.link import topics
+from fl_core.link.envelope import Envelope, decode, encode, new_id
+from fl_core.link.outbox import DeviceStore
+from fl_core.link.session import BrokerAddress, Message, MqttSession, Outgoing
+
+LOG = logging.getLogger(__name__)
+Facts = Callable[[], dict[str, Any]]
+
+
+class FieldLink:
+    """Every method may be called on a device without MQTT; then nothing is sent and nothing arrives.
+
+    facts() -> what a birth says of this device. changed() is called when the connection comes and goes.
+    """
+
+    def __init__(
+        self, home: AgentHome, welcome: Welcome, settings: MqttSettings, facts: Facts, changed: Callable[[], None]
+    ) -> None:
+        self.name, self.fleet = welcome.name, welcome.fleet
+        self.boot = home.next_boot()
+        self.store = DeviceStore(home.store_file)
+        self._facts, self._changed = facts, changed
+        self._announcing = threading.Lock()
+        self.session = self._session(home, welcome, settings)
+
+    @property
+    def connected(self) -> bool:
+        return self.session is not None and self.session.connected
+
+    def start(self) -> None:
+        if self.session is not None:
+            self.session.start()
+
+    def stop(self) -> None:
+        """Empty the outbox as far as possible, say that we stop, and disconnect."""
+        if self.session is not None:
+            self.session.stop(self._state("stopped")(self.session.connection))
+
+    def close(self) -> None:
+        self.store.close()
+
+    def ring(self) -> None:
+        """End a ``receive`` that waits. Safe in a signal handler."""
+        if self.session is not None:
+            self.session.ring()
+
+    def receive(self, timeout: float) -> tuple[str, Envelope] | None:
+        """(kind of topic, message) of the next one for this device; None after ``timeout`` seconds or a ring."""
+        if self.session is None:
+            return None
+        message = self.session.receive(timeout)
+        return None if message is None else self._read(message)
+
+    def announce(self) -> None:
+        """The retained state, anew. Without a connection the next birth says it."""
+        if self.session is not None:
+            with self._announcing:
+                self.session.publish(self._state("state")(self.session.connection))
+
+    def report(self, kind: str, body: dict[str, Any], *, droppable: bool = False) -> None:
+        if self.session is not None:
+            content = self._envelope(kind, new_id(), body)
+            self.store.put(self._topic(topics.TELEMETRY), encode(content), droppable=droppable)
+
+    def finish(self, job_id: str, kind: str, body: dict[str, Any]) -> None:
+        """The end of a job and its reply, in one transaction."""
+        self.store.finish(job_id, kind, self._topic(topics.REPLY), encode(self._envelope(kind, job_id, body)))
+
+    def finished(self, job_id: str) -> bool:
+        return self.store.reply_of(job_id) is not None
+
+    def repeat(self, job_id: str) -> None:
+        reply = self.store.reply_of(job_id)
+        if reply is not None:
+            self.store.put(reply.topic, reply.payload)
+
+    # inside
+
+    def _session(self, home: AgentHome, welcome: Welcome, settings: MqttSettings) -> MqttSession | None:
+        mqtt = welcome.mqtt
+        if mqtt is None or not settings.enabled:
+            return None
+        address = BrokerAddress(
+            host=mqtt["host"],
+            port=mqtt["port"],
+            username=mqtt["username"],
+            password=mqtt["password"],
+            client_id=mqtt["username"],
+            ca=home.ca_file if mqtt["tls"] else None,
+            protocol=settings.protocol,
+            keepalive_s=settings.keepalive_s,
+        )
+        return MqttSession(
+            address,
+            subscriptions=[self._topic(kind) for kind in topics.TO_DEVICE],
+            greeting=self._state("birth"),
+            will=self._state("death"),
+            store=self.store,
+            changed=self._changed,
+        )
+
+    def _read(self, message: Message) -> tuple[str, Envelope] | None:
+        found = topics.parse(message.topic)
+        if found is None or found.device != self.name or found.kind not in topics.TO_DEVICE:
+            return None
+        try:
+            return found.kind, decode(message.payload, origin=message.topic)
+        except IntegrityError as error:
+            LOG.warning("agent: %s", error.message)
+            return None
+
+    def _topic(self, kind: str) -> str:
+        return topics.topic(self.fleet, self.name, kind)
+
+    def _envelope(self, kind: str, message_id: str, body: dict[str, Any]) -> Envelope:
+        connection = self.session.connection if self.session is not None else 0
+        return Envelope(type=kind, id=message_id, boot=self.boot, connection=connection, body=body)
+
+    def _state(self, kind: str) -> Callable[[int], Outgoing]:
+        def message(connection: int) -> Outgoing:
+            body = self._facts() if kind in ("birth", "state") else {}
+            content = Envelope(type=kind, boot=self.boot, connection=connection, body=body)
+            return Outgoing(topic=self._topic(topics.STATE), payload=encode(content), retain=True)
+
+        return message

@@ -1,0 +1,181 @@
+"""FleetLink: the device's side of the federation. Waits for messages, has the worker answer them, hands the answers in.
+
+It runs in the agent's process and needs neither flwr nor torch. Nothing that the server sends is code: a message
+names an application that must be installed on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fl_clients.connection import CertificateRefused, ServerConnection, Unreachable, Unregistered, Welcome, welcome
+from fl_clients.training.fleet import FleetClient, Gone, Instruction
+from fl_clients.training.outbox import Outbox
+from fl_clients.training.worker_process import Stopped, WorkerFailed, WorkerProcess
+from fl_core.contracts.errors import IntegrityError
+from fl_core.flower import wire
+from fl_core.identity.keys import PrivateKey, load_private_key
+
+log = logging.getLogger(__name__)
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+FIRST_BACKOFF, LAST_BACKOFF = 0.2, 30.0
+REFUSED_BACKOFF = 60.0
+HEARTBEAT_TICK = 20.0
+ROUTINE = ("message", "reply")
+
+
+class FleetLink:
+    """One device's link to its server.
+
+    server_url, ca, key: where the server is, whom to trust, who we are (a key or its file).
+    home: a folder of its own (``outbox/``). worker_command: the command line of the worker process.
+    wake: set by someone who knows of new messages sooner (MQTT); while ``wake_ready()`` the link waits for it and asks
+      the server only every ``poll_seconds``; otherwise it holds a long poll of that length.
+    on_event(name, facts): joined, away, refused, message, reply, worker_failed, dropped.
+    """
+
+    def __init__(
+        self,
+        server_url: str,
+        ca: Path,
+        key: PrivateKey | Path,
+        home: Path,
+        worker_command: Sequence[str],
+        wake: threading.Event | None = None,
+        on_event: OnEvent | None = None,
+        *,
+        wake_ready: Callable[[], bool] | None = None,
+        poll_seconds: float = 60.0,
+        idle_seconds: float = 300.0,
+    ) -> None:
+        private = load_private_key(key) if isinstance(key, Path) else key
+        self.connection = ServerConnection(server_url, ca, private)
+        self.client = FleetClient(self.connection)
+        self.outbox = Outbox(home / "outbox")
+        self.worker = WorkerProcess(worker_command, idle_seconds=idle_seconds)
+        self.welcome: Welcome | None = None
+        self._wake, self._wake_ready = wake, wake_ready or (lambda: wake is not None)
+        self._poll, self._on_event = poll_seconds, on_event or (lambda name, facts: None)
+        self._stop = threading.Event()
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until ``stop`` is set. Raises RefusedError when the first contact is refused; later it keeps trying."""
+        self._stop = stop
+        threading.Thread(target=self._interrupt_on_stop, name="fleet-link-stop", daemon=True).start()
+        failures, joined = 0, False
+        try:
+            while not stop.is_set():
+                try:
+                    if not joined:
+                        self._join()
+                    joined = True
+                    self._step()
+                    failures = 0
+                except (Unregistered, CertificateRefused) as error:
+                    if self.welcome is None and not stop.is_set():
+                        raise
+                    self._tell("refused", reason=error.message)
+                    if not joined:  # the welcome itself was refused: only an operator can change that
+                        self._pause(REFUSED_BACKOFF)
+                    joined = False
+                except (Unreachable, Gone, IntegrityError) as error:
+                    joined = (
+                        False  # whatever it was: join again, hand in what lies in the outbox, ask for what was lost
+                    )
+                    if not stop.is_set() and not failures:
+                        self._tell("away", reason=str(error))
+                    self._pause(min(FIRST_BACKOFF * 2**failures, LAST_BACKOFF))
+                    failures = min(failures + 1, 10)
+                except Stopped:
+                    break
+        finally:
+            self.worker.kill()  # it holds nothing that is not in the outbox or asked for again
+            self._leave()
+
+    def _join(self) -> None:
+        self.welcome = welcome(self.connection)
+        self.client.activate(self.welcome.node_id)
+        self._tell("joined", name=self.welcome.name, server=self.connection.url)
+        self._flush()
+        while not self._stop.is_set() and self._serve_next(0, lost=True):
+            pass
+
+    def _step(self) -> None:
+        self.worker.end_if_idle()
+        if self._wake is not None and self._wake_ready():
+            self._wake.wait(self._poll)
+            self._wake.clear()
+            while not self._stop.is_set() and self._serve_next(0):
+                pass
+        else:
+            self._serve_next(self._poll)
+
+    def _serve_next(self, seconds: float, *, lost: bool = False) -> bool:
+        """Answer the next message, if one comes within ``seconds``; True when there was one."""
+        try:
+            instruction = self.client.receive(seconds, every=self._poll, lost=lost)
+        except Gone as error:  # taken back while it was being read: the round went on without us
+            self._tell("dropped", reason=str(error))
+            return True
+        if instruction is None:
+            return False
+        self._tell("message", kind=instruction.kind, message_id=instruction.message_id)
+        started = time.monotonic()
+        self.outbox.put(self._answer(instruction))
+        self._flush()
+        self._tell("reply", message_id=instruction.message_id, seconds=round(time.monotonic() - started, 3))
+        return True
+
+    def _answer(self, instruction: Instruction) -> wire.WireReply:
+        try:
+            reply = self.worker.run(instruction, self._tick, tick_seconds=HEARTBEAT_TICK)
+            reply.check_limits()
+            return reply
+        except (WorkerFailed, IntegrityError) as error:
+            self._tell("worker_failed", reason=str(error))
+            return wire.error_reply(instruction.envelope, str(error))
+
+    def _flush(self) -> None:
+        for reply in self.outbox.waiting():
+            try:
+                self.client.push(reply)
+            except (Gone, IntegrityError) as error:  # the round or the run is over: nobody waits for it any more
+                self._tell("dropped", message_id=reply.instruction_id, reason=str(error))
+            self.outbox.remove(reply.instruction_id)
+
+    def _tick(self) -> None:
+        """While the worker computes: stay online, notice the end."""
+        if self._stop.is_set():
+            raise Stopped
+        try:
+            self.client.heartbeat()
+        except (Unreachable, Unregistered, CertificateRefused, Gone, IntegrityError) as error:
+            log.debug("heartbeat: %s", error)
+
+    def _interrupt_on_stop(self) -> None:
+        self._stop.wait()
+        if self._wake is not None:
+            self._wake.set()
+        self.connection.interrupt()
+
+    def _leave(self) -> None:
+        """Best effort, so that the server sees us offline at once rather than when our session expires."""
+        self.connection.close()
+        if self.welcome is not None and self.client.node.node_id:
+            with contextlib.suppress(Unreachable, Unregistered, CertificateRefused, Gone, IntegrityError):
+                self.client.deactivate()
+        self.connection.close()
+
+    def _pause(self, seconds: float) -> None:
+        self._stop.wait(seconds * random.uniform(0.5, 1.5))
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        log.log(logging.DEBUG if event in ROUTINE else logging.INFO, "fleet link: %s", event, extra={"facts": facts})
+        self._on_event(event, facts)

@@ -1,0 +1,61 @@
+"""Finished replies, on disk until the server has confirmed them: a crash or an outage never costs the work done."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fl_clients.training import frames
+from fl_core.contracts.errors import IntegrityError
+from fl_core.flower import wire
+from fl_core.flower.wire import WireReply
+from fl_core.storage import atomic
+
+log = logging.getLogger(__name__)
+
+
+class Outbox:
+    """One file a reply, named after the instruction it answers; written whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for stray in folder.glob(".*.tmp"):
+            stray.unlink(missing_ok=True)
+
+    def put(self, reply: WireReply) -> None:
+        header = {"run_id": reply.run_id, "instruction_id": reply.instruction_id, "ids": list(reply.objects)}
+        blobs = [reply.envelope, reply.tree, *reply.objects.values()]
+        atomic.write_bytes(self._file(reply.instruction_id), frames.to_bytes(header, blobs), mode=0o600)
+
+    def remove(self, instruction_id: str) -> None:
+        self._file(instruction_id).unlink(missing_ok=True)
+
+    def waiting(self) -> list[WireReply]:
+        """Oldest first; a file that cannot be read is dropped (the server will deliver its instruction again)."""
+        replies = []
+        for file in sorted(self.folder.glob("*.reply"), key=lambda f: f.stat().st_mtime_ns):
+            try:
+                replies.append(parse_reply(*frames.from_bytes(file.read_bytes(), origin=str(file)), origin=str(file)))
+            except IntegrityError as error:
+                log.warning("dropped an unreadable reply: %s", error.message)
+                file.unlink(missing_ok=True)
+        return replies
+
+    def _file(self, instruction_id: str) -> Path:
+        if not wire.is_object_id(instruction_id):
+            raise IntegrityError(f"{instruction_id[:80]!r} is not a message id")
+        return self.folder / f"{instruction_id}.reply"
+
+
+def parse_reply(header: dict[str, object], blobs: list[bytes], *, origin: str) -> WireReply:
+    """A frame's header and blobs as a WireReply; every object is checked against its id."""
+    ids, run_id, instruction = header.get("ids"), header.get("run_id"), header.get("instruction_id")
+    if not isinstance(ids, list) or type(run_id) is not int or not isinstance(instruction, str):
+        raise IntegrityError(f"{origin}: not a reply")
+    if len(blobs) != len(ids) + 2:
+        raise IntegrityError(f"{origin}: {len(blobs)} parts for {len(ids)} objects")
+    objects = dict(zip(ids, blobs[2:], strict=True))
+    if any(wire.object_id(content) != name for name, content in objects.items()):
+        raise IntegrityError(f"{origin}: an object does not fit its id")
+    return WireReply(run_id, instruction, blobs[0], blobs[1], objects)

@@ -1,0 +1,109 @@
+"""The worker process: flwr and torch, one instruction at a time over pipes. ``python -m fl_clients.training.worker``.
+
+It answers what is installed on this device and enabled in its settings; nothing that arrives is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from flwr.app import Error, Message
+
+from fl_clients.training import frames
+from fl_core.contracts.cli import start_logging
+from fl_core.contracts.errors import DataError, FieldfleetError
+from fl_core.flower import adapter
+from fl_core.learning.application import Application
+from fl_core.learning.examples import Examples
+
+log = logging.getLogger(__name__)
+Handler = Callable[[Message], Message]
+GENERATED = "generated"
+APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+
+def device_source(data: str, client: str, seed: int) -> Callable[[Application, Any], Examples]:
+    """Where this device's examples come from: a folder in the application's format, or its generator.
+
+    client: only this client of the data set ("" = all of it; a generated data set needs one).
+    """
+
+    def source(application: Application, config: Any) -> Examples:
+        raw = application.generate(config, seed) if data == GENERATED else application.read(Path(data))
+        if data == GENERATED and not client:
+            raise DataError("generated data needs a client name", remedy="agent run HOME --client NAME")
+        if client:
+            known = raw.client_ids()
+            if client not in known:
+                raise DataError(
+                    f"{data}: no {application.client_term} {client!r}",
+                    remedy=f"known: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}",
+                )
+            raw = raw.select([client])
+        return raw.examples(config)
+
+    return source
+
+
+def serve(handler: Handler, incoming: BinaryIO, outgoing: BinaryIO) -> None:
+    """Until the input ends. A request that fails is answered with Flower's error reply."""
+    while True:
+        frame = frames.read_frame(incoming, origin="agent")
+        if frame is None:
+            return
+        header, blobs = frame
+        objects = dict(zip(header["ids"], blobs, strict=True))
+        blobs.clear()
+        message = adapter.inflate(header["message_id"], objects, origin="request")
+        envelope, tree, parts = adapter.deflate(_handled(handler, message))
+        frames.write_frame(outgoing, {"ids": list(parts)}, [envelope, tree, *parts.values()])
+
+
+def _handled(handler: Handler, message: Message) -> Message:
+    try:
+        return handler(message)
+    except FieldfleetError as error:
+        return Message(Error(APP_RAISED, error.message[:2000]), reply_to=message)
+    except Exception as error:
+        log.exception("the request failed")
+        return Message(Error(APP_RAISED, f"{type(error).__name__}: {error}"[:2000]), reply_to=message)
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(prog="python -m fl_clients.training.worker", description=__doc__)
+    options.add_argument("--name", required=True, help="this device's name")
+    options.add_argument("--data", required=True, help=f"folder of this device's data, or {GENERATED!r}")
+    options.add_argument("--client", default="", help="only this client of the data set")
+    options.add_argument("--data-seed", type=int, default=0, help="seed of generated data")
+    options.add_argument("--application", action="append", default=[], help="enabled application (default: every one)")
+    options.add_argument("--threads", type=int, default=1, help="threads of one local update")
+    options.add_argument("--verbose", action="store_true")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    outgoing = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever the application prints goes to stderr, not into the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent decides when this process ends
+    start_logging(verbose=args.verbose)
+    import torch
+
+    from fl_clients.training.client import ClientRuntime
+
+    torch.set_num_threads(max(1, args.threads))
+    source = device_source(args.data, args.client, args.data_seed)
+    allowed = frozenset(args.application) or None
+    serve(ClientRuntime(args.name, source, allowed=allowed).handle, sys.stdin.buffer, outgoing)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+"""The two halves of a federated algorithm.
+
+``Aggregator`` streams: begin -> add, add, ... (or merge of partial states) -> finish. Sums accumulate in float64.
+``ClientUpdate`` is what the algorithm changes in a client's local update; plain SGD needs nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fl_core.contracts.arrays import Arrays
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """One client's result. ``weight`` is its number of training examples, above 0."""
+
+    arrays: Arrays
+    weight: float
+    extra: Arrays = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """The partial result of one round. ``sums``: float64 by array name; ``held``: whole updates, for order statistics."""
+
+    round: int
+    reference: Arrays
+    sums: dict[str, Float64] = field(default_factory=dict)
+    weight: float = 0.0
+    count: int = 0
+    held: list[Arrays] = field(default_factory=list)
+
+
+class Aggregator(ABC):
+    """The server's half. ``memory`` is what it carries from round to round (moments); it is checkpointed."""
+
+    def __init__(self) -> None:
+        self.memory: dict[str, npt.NDArray[Any]] = {}
+
+    def begin(self, round: int, reference: Arrays) -> State:
+        return State(round=round, reference=reference)
+
+    @abstractmethod
+    def add(self, state: State, update: Update) -> None:
+        """Count one update; its arrays have the names, shapes and dtypes of the reference."""
+
+    @abstractmethod
+    def merge(self, state: State, other: State) -> None:
+        """Count all that ``other`` has counted."""
+
+    @abstractmethod
+    def finish(self, state: State) -> dict[str, npt.NDArray[Any]]:
+        """The new global model; the reference itself when nothing was counted."""
+
+    def save(self, state: State | None = None) -> dict[str, npt.NDArray[Any]]:
+        """The memory and, in mid-round, the partial state, as arrays for safetensors."""
+        table = {f"memory/{k}": v for k, v in self.memory.items()}
+        if state is not None:
+            table["state/scalars"] = np.array([state.round, state.weight, state.count], np.float64)
+            table.update({f"state/sums/{k}": v for k, v in state.sums.items()})
+            for i, arrays in enumerate(state.held):
+                table.update({f"state/held/{i}/{k}": np.asarray(v) for k, v in arrays.items()})
+        return table
+
+    def load(self, table: Arrays, reference: Arrays) -> State | None:
+        """The inverse of ``save``: restores the memory, returns the partial state if there was one."""
+        self.memory = {k.removeprefix("memory/"): np.array(v) for k, v in table.items() if k.startswith("memory/")}
+        if "state/scalars" not in table:
+            return None
+        round_, weight, count = (float(v) for v in table["state/scalars"])
+        state = State(round=int(round_), reference=reference, weight=weight, count=int(count))
+        state.sums = {
+            k.removeprefix("state/sums/"): np.array(v) for k, v in table.items() if k.startswith("state/sums/")
+        }
+        held: dict[int, dict[str, npt.NDArray[Any]]] = {}
+        for k, v in table.items():
+            if k.startswith("state/held/"):
+                index, _, name = k.removeprefix("state/held/").partition("/")
+                held.setdefault(int(index), {})[name] = np.array(v)
+        state.held = [held[i] for i in sorted(held)]
+        return state
+
+
+class MeanAggregator(Aggregator):
+    """Weighted mean of the updates, in float64; subclasses change what is made of the mean (``step``)."""
+
+    def add(self, state: State, update: Update) -> None:
+        for name, array in update.arrays.items():
+            if name in state.sums:
+                state.sums[name] += update.weight * array.astype(np.float64)
+            else:
+                state.sums[name] = update.weight * array.astype(np.float64)
+        state.weight += update.weight
+        state.count += 1
+
+    def merge(self, state: State, other: State) -> None:
+        for name, value in other.sums.items():
+            state.sums[name] = state.sums[name] + value if name in state.sums else value.copy()
+        state.weight += other.weight
+        state.count += other.count
+
+    def finish(self, state: State) -> dict[str, npt.NDArray[Any]]:
+        if state.weight <= 0:
+            return {k: np.array(v) for k, v in state.reference.items()}
+        mean = {name: value / state.weight for name, value in state.sums.items()}
+        stepped = self.step(state.reference, mean)
+        return {name: cast_like(stepped[name], ref) for name, ref in state.reference.items()}
+
+    def step(self, reference: Arrays, mean: Mapping[str, Float64]) -> Mapping[str, Float64]:
+        return mean
+
+
+def cast_like(value: npt.NDArray[Any], reference: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """To the reference's dtype; integers (counters of batch norm) are rounded."""
+    if reference.dtype.kind in "iub":
+        value = np.rint(value)
+    return value.astype(reference.dtype).reshape(reference.shape)
+
+
+def is_statistic(name: str) -> bool:
+    """Running statistics of batch norm: averaged, never stepped by a server optimiser."""
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+class ClientUpdate:
+    """The client's half; the default leaves the local update as it is."""
+
+    def adjust_gradients(self, parameters: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
+        """Called after ``backward``; ``reference`` are the global model's parameters, in the same order."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    aggregator: Aggregator
+    client_update: ClientUpdate

@@ -1,0 +1,55 @@
+"""Model arrays: an ordered mapping from parameter (or buffer) name to ndarray, and its safetensors form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError
+from safetensors.numpy import load as safetensors_load
+from safetensors.numpy import save as safetensors_save
+
+from fl_core.contracts.errors import IntegrityError
+
+Arrays = Mapping[str, npt.NDArray[np.generic]]
+
+
+def to_bytes(arrays: Arrays) -> bytes:
+    """safetensors; shapes are kept, those of 0 dimensions too (``ascontiguousarray`` would make them 1)."""
+    return safetensors_save({name: np.asarray(a, order="C") for name, a in arrays.items()})
+
+
+def from_bytes(data: bytes, *, origin: str) -> dict[str, npt.NDArray[np.generic]]:
+    """safetensors holds no code; a truncated or inconsistent file raises IntegrityError naming ``origin``."""
+    try:
+        return dict(safetensors_load(data))
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise IntegrityError(f"{origin}: not a readable safetensors file: {error}") from None
+
+
+def fingerprint(arrays: Arrays) -> str:
+    """sha256 over names, dtypes, shapes and values, in sorted order: equal for equal models, wherever they are stored."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")
+        digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def check_like(arrays: Arrays, reference: Arrays, *, origin: str) -> None:
+    """Raises IntegrityError unless names, dtypes and shapes are those of ``reference`` and every float is finite."""
+    if set(arrays) != set(reference):
+        odd = sorted(set(arrays) ^ set(reference))[0]
+        raise IntegrityError(f"{origin}: array {odd!r} is {'unexpected' if odd in arrays else 'missing'}")
+    for name, expected in reference.items():
+        got = arrays[name]
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            raise IntegrityError(
+                f"{origin}: array {name!r} is {got.dtype}{got.shape}, expected {expected.dtype}{expected.shape}"
+            )
+        if got.dtype.kind == "f" and not np.isfinite(got).all():
+            raise IntegrityError(f"{origin}: array {name!r} holds values that are not finite")

@@ -1,0 +1,70 @@
+"""The configuration sections that every application shares: [optimizer] [algorithm] [pretrain] [export]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fl_core.contracts.config import choice, number, sequence, text
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Used by the client's local update and by pretraining alike; names are files in fl_core/optimizers."""
+
+    name: str = text("sgd", help="a file of fl_core/optimizers")
+    lr: float = number(0.01, low=0.0, high=1e3)
+    momentum: float = number(0.0, low=0.0, high=0.9999)
+    weight_decay: float = number(0.0, low=0.0, high=10.0)
+    clip_norm: float = number(0.0, low=0.0, help="global gradient norm; 0 = no clipping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """One federated algorithm and its rounds; names are files in fl_core/algorithms."""
+
+    name: str = text("fedavg", help="a file of fl_core/algorithms")
+    clients_per_round: int = number(0, low=0, help="0 = every client")
+    min_clients: int = number(1, low=1, help="a round with fewer usable replies changes nothing")
+    deadline_s: float = number(600.0, low=0.1, help="seconds a round waits for replies")
+    local_epochs: int = number(1, low=1)
+    batch_size: int = number(32, low=1)
+    client_lr: float = number(0.0, low=0.0, help="learning rate of the local update; 0 = optimizer.lr")
+    schedule: str = choice("constant", "constant", "cosine", help="of the client learning rate over the rounds")
+    evaluate_every: int = number(1, low=0, help="rounds between client evaluations; 0 = never")
+    average_last: float = number(
+        0.0, low=0.0, high=1.0, help="fraction of the last rounds whose models are averaged at the end"
+    )
+    proximal_mu: float = number(0.01, low=0.0, help="fedprox")
+    server_lr: float = number(0.1, low=0.0, help="fedadam, fedyogi: eta")
+    beta_1: float = number(0.9, low=0.0, high=0.9999)
+    beta_2: float = number(0.99, low=0.0, high=0.99999)
+    tau: float = number(1e-3, low=1e-12, help="fedadam, fedyogi: adaptivity")
+    max_update_norm: float = number(0.0, low=0.0, help="screening: larger updates are refused; 0 = no bound")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Central training: ONE global batch size, whatever the number of processes."""
+
+    epochs: int = number(10, low=1)
+    batch_size: int = number(64, low=1, help="global: over all processes")
+    lr: float = number(0.0, low=0.0, help="0 = optimizer.lr")
+    schedule: str = choice("cosine", "constant", "cosine")
+    warmup_fraction: float = number(0.05, low=0.0, high=0.9)
+    average_last: float = number(0.0, low=0.0, high=1.0, help="fraction of the last epochs whose weights are averaged")
+    checkpoint_every: int = number(1, low=1, help="epochs")
+    client_share: float = number(
+        1.0, low=0.01, high=1.0, help="share of the training clients whose data the centre holds"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    targets: tuple[str, ...] = sequence(("x86",), help="files of edge_export/targets")
+    opset: int = number(20, low=17, high=25)
+    calibration_examples: int = number(256, low=8)
+    golden_examples: int = number(16, low=1, high=1024)
+    parity_tolerance: float = number(
+        1e-4, low=0.0, help="fp32: largest |onnxruntime - torch| allowed, relative to the output's scale"
+    )
+    int8_tolerance: float = number(0.05, low=0.0, help="int8: largest mean |score difference| on the golden samples")

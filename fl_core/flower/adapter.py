@@ -1,0 +1,473 @@
+"""Every private name of flwr 1.41 that this project uses, and nothing else. Its contract test fails when one moves.
+
+The first half serves every process that handles messages. ``LinkStore`` is the SuperLink's state behind one lock; its
+imports (50 MB) are made only when a server opens one. The messages of the wire are in ``wire.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+from flwr.app.message import array, remove_content_from_message
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_children_ids_from_object_content,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from fl_core.contracts.errors import IntegrityError
+from fl_core.contracts.offswitches import set_off_switches
+from fl_core.flower import wire
+from fl_core.flower.wire import FleetRefused
+
+set_off_switches()
+
+__all__ = [
+    "FleetAnswer",
+    "LinkStore",
+    "Run",
+    "assume_identity",
+    "deflate",
+    "empty_run",
+    "inflate",
+    "set_message_id",
+]
+
+HEARTBEAT_SECONDS = 30.0
+# flwr cuts arrays into pieces of 5 MiB; smaller ones bound what a server holds of many transfers at once.
+setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1 << 20)  # noqa: B010 mypy: not exported
+
+
+# ObjectStore's bookkeeping, as its own code does it row by row. A new edge counts once, whoever stored its parent.
+_ADD_OBJECT = (
+    "INSERT INTO objects (object_id, content, is_available, ref_count) VALUES (:id, :content, 1, 0) "
+    "ON CONFLICT (object_id) DO UPDATE SET content=excluded.content, is_available=1 WHERE is_available=0"
+)
+_COUNT_EDGE = (
+    "UPDATE objects SET ref_count=ref_count+1 WHERE object_id=:child AND NOT EXISTS "
+    "(SELECT 1 FROM object_children WHERE parent_id=:parent AND child_id=:child)"
+)
+_FREE = "SELECT object_id FROM objects WHERE ref_count=0 AND object_id IN (SELECT value FROM json_each(:ids))"
+_BATCH_BYTES = 4 << 20
+
+
+def assume_identity(*, run_id: int, task_id: int, node_id: int) -> None:
+    """``Message(...)`` stamps new messages from this process-wide identity; both grids set it first."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, task_id, node_id
+
+
+def empty_run(run_id: int) -> Run:
+    return Run.create_empty(run_id)
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """``metadata.message_id`` is read-only; a reply must be built from a message that has its id."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def inflate(message_id: str, objects: dict[str, bytes], *, origin: str) -> Message:
+    """A message from its objects (emptied on the way, to save memory). Raises IntegrityError naming ``origin``."""
+    try:
+        found = inflate_object_from_contents(message_id, objects)
+    except (
+        Exception
+    ) as error:  # bytes from the network, read by foreign parsers: any of them may give up in its own way
+        raise IntegrityError(f"{origin}: message is not readable: {type(error).__name__}: {error}") from None
+    if not isinstance(found, Message):
+        raise IntegrityError(f"{origin}: {message_id[:16]} is a {type(found).__name__}, not a message")
+    set_message_id(found, message_id)
+    return found
+
+
+def deflate(reply: Message) -> tuple[bytes, bytes, dict[str, bytes]]:
+    """(envelope, tree, objects by id) of a reply, as ``wire.WireReply`` holds them."""
+    with no_object_id_recompute():
+        set_message_id(reply, reply.object_id)
+        tree = get_object_tree(reply).SerializeToString()
+        objects = {i: o.deflate() for i, o in get_all_nested_objects(reply).items()}
+        envelope = message_to_proto(remove_content_from_message(reply)).SerializeToString()
+    return envelope, tree, objects
+
+
+@dataclass(frozen=True)
+class FleetAnswer:
+    """The response message; ``reply_complete`` when this call brought in the last part of a reply."""
+
+    body: bytes
+    reply_complete: bool
+
+
+@dataclass(frozen=True)
+class _Modules:
+    """flwr's server half, imported when a store is opened."""
+
+    handlers: Any
+    fleet_pb2: Any
+    message_pb2: Any
+    heartbeat_pb2: Any
+    run_pb2: Any
+    errors: Any
+    catalog: Any
+    constant: Any
+    core_constant: Any
+    utils: Any
+    sqlalchemy_errors: Any
+
+
+def _modules() -> _Modules:
+    names = {
+        "handlers": "flwr.superlink.servicer.fleet.fleet_handlers",
+        "fleet_pb2": "flwr.proto.fleet_pb2",
+        "message_pb2": "flwr.proto.message_pb2",
+        "heartbeat_pb2": "flwr.proto.heartbeat_pb2",
+        "run_pb2": "flwr.proto.run_pb2",
+        "errors": "flwr.supercore.error",
+        "catalog": "flwr.supercore.error.catalog",
+        "constant": "flwr.common.constant",
+        "core_constant": "flwr.supercore.constant",
+        "utils": "flwr.supercore.utils",
+        "sqlalchemy_errors": "sqlalchemy.exc",
+    }
+    return _Modules(**{field: importlib.import_module(name) for field, name in names.items()})
+
+
+def _open_state(database: Path) -> Any:
+    """LinkState and ObjectStore in one SQLite file, with a small page cache: 64 MB and a 256 MB map suit no edge server."""
+    sql_mixin: Any = importlib.import_module("flwr.supercore.sql_mixin")
+    config_loader = importlib.import_module("flwr.superlink.config_loader")
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    small = {"cache_size": "-8000", "mmap_size": "0", "busy_timeout": "30000"}
+    sql_mixin.SQLITE_PRAGMAS = tuple((key, small.get(key, value)) for key, value in sql_mixin.SQLITE_PRAGMAS)
+    manager = config_loader.get_federation_manager()
+    _, factory = config_loader.get_objectstore_linkstate_factories(str(database), manager)
+    return factory.state()
+
+
+class LinkStore:
+    """The embedded SuperLink's state. Every method is one transaction under one lock, so SQLite is never found locked.
+
+    Node ids are Flower's unsigned 64-bit integers; keys are PEM public keys.
+    """
+
+    def __init__(self, database: Path) -> None:
+        self._m = _modules()
+        self._state = _open_state(database)
+        self._store = self._state.object_store
+        self._lock = threading.RLock()
+        self._calls = self._fleet_calls()
+
+    # Devices
+
+    def enrol(self, public_pem: bytes) -> int:
+        """The node id of a key, made on first sight."""
+        constant = self._m.constant
+        with self.together():
+            known = self._state.get_node_id_by_public_key(public_pem)
+            return int(
+                known
+                or self._state.create_node(
+                    constant.NOOP_FLWR_AID, constant.NOOP_ACCOUNT_NAME, public_pem, HEARTBEAT_SECONDS
+                )
+            )
+
+    def online(self) -> list[int]:
+        with self.together():
+            found = self._state.get_node_info(statuses=[self._m.core_constant.NodeStatus.ONLINE])
+            return sorted(int(node.node_id) for node in found)
+
+    def sign_of_life(self, node: int, seconds: float) -> None:
+        """Flower counts a node as online for twice its interval."""
+        with self.together():
+            self._state.acknowledge_node_heartbeat(node, max(seconds, HEARTBEAT_SECONDS))
+
+    def deactivate(self, node: int) -> None:
+        with self.together():
+            self._state.deactivate_node(node)
+
+    def undelivered(self, node: int, *, lost: bool = False) -> bool:
+        """Whether a message waits for this node. ``lost``: what it accepted and did not answer waits again."""
+        values = {"n": self._m.utils.uint64_to_int64(node)}
+        with self.together():
+            if lost:
+                self._state.query(
+                    "UPDATE message_ins SET delivered_at='' WHERE dst_node_id=:n AND delivered_at<>'' "
+                    "AND message_id NOT IN (SELECT reply_to_message_id FROM message_res)",
+                    values,
+                )
+            query = "SELECT 1 FROM message_ins WHERE dst_node_id=:n AND delivered_at='' LIMIT 1"
+            return bool(self._state.query(query, values))
+
+    # Runs
+
+    def open_run(self) -> Run:
+        """A new run that is running and never expires; what earlier runs left behind is removed."""
+        state, constant, core = self._state, self._m.constant, self._m.core_constant
+        with self.together():
+            unfinished = [constant.Status.PENDING, constant.Status.STARTING, constant.Status.RUNNING]
+            for old in state.get_run_info(statuses=unfinished):
+                state.stop_run(old.run_id)
+            run_id = state.create_run(
+                None, None, None, {}, core.NOOP_FEDERATION_ID, None, constant.NOOP_FLWR_AID, core.TaskType.SERVER_APP
+            )
+            task = state.get_run_info(run_ids=[run_id])[0].primary_task_id
+            if not state.claim_task(task) or not state.activate_task(task):
+                raise IntegrityError("the SuperLink's new run could not be started")
+            query = "UPDATE task SET token=NULL, active_until=NULL WHERE task_id=:t"  # else it fails without heartbeats
+            state.query(query, {"t": self._m.utils.uint64_to_int64(task)})
+            run: Run = state.get_run_info(run_ids=[run_id])[0]
+        assume_identity(run_id=run_id, task_id=task, node_id=SUPERLINK_NODE_ID)
+        return run
+
+    def close_run(self, run: Run, *, completed: bool) -> None:
+        sub_status = self._m.constant.SubStatus
+        with self.together():
+            self._state.finish_task(run.primary_task_id, sub_status.COMPLETED if completed else sub_status.STOPPED, "")
+            self._state.cleanup_run(run.run_id)
+
+    # Messages
+
+    def push(self, run: Run, messages: Iterable[Message]) -> list[str | None]:
+        """Messages and all their objects in one transaction; None for a message that the store refuses (node gone)."""
+        ids: list[str | None] = []
+        with self.together(), no_object_id_recompute():
+            for message in messages:
+                set_message_id(message, message.object_id)
+                if self._state.store_message_ins(remove_content_from_message(message)) is None:
+                    ids.append(None)
+                    continue
+                objects = get_all_nested_objects(message)
+                missing = objects.keys() - self._known(objects)
+                self._add(run.run_id, ((i, objects[i].deflate()) for i in objects if i in missing), "message")
+                ids.append(message.object_id)
+        return ids
+
+    def accept(self, request: bytes, contents: Iterable[tuple[str, bytes]], node: int, public_pem: bytes) -> None:
+        """A whole reply: a PushMessagesRequest and every object of its tree (id, content), in one transaction.
+
+        Its instruction is confirmed with it. A reply to what was forgotten meanwhile is dropped. Raises FleetRefused.
+        """
+        found = self._parsed("push-messages", request, node, public_pem)
+        reply = message_from_proto(found.messages_list[0])
+        run_id, message_id = reply.metadata.run_id, reply.metadata.message_id
+        with self.together():
+            status = self._state.get_run_status({run_id}).get(run_id)
+            if status is None or status.status != self._m.constant.Status.RUNNING:
+                raise FleetRefused(403, "the run is over")
+            try:
+                if self._state.store_message_res(reply) is None:
+                    return
+            except ValueError as error:
+                raise FleetRefused(400, f"reply refused: {error}") from None
+            query = "DELETE FROM object_push_sessions WHERE session_id IN (SELECT session_id FROM "
+            query += "object_push_session_roots WHERE root_object_id=:m)"  # an upload of it in Flower's calls, cut off
+            self._state.query(query, {"m": message_id})
+            try:
+                self._add(run_id, contents, "reply")
+            except IntegrityError as error:
+                raise FleetRefused(400, error.message) from None
+            self._sweep([reply.metadata.reply_to_message_id])
+
+    def _known(self, object_ids: Iterable[str]) -> set[str]:
+        """Which of these objects are stored whole."""
+        query = (
+            "SELECT object_id FROM objects WHERE is_available=1 AND object_id IN (SELECT value FROM json_each(:ids))"
+        )
+        return {row["object_id"] for row in self._state.query(query, {"ids": json.dumps(list(object_ids))})}
+
+    def _add(self, run_id: int, contents: Iterable[tuple[str, bytes]], origin: str) -> None:
+        """What ObjectStore.preregister and put do for one object at a time (some eight statements), for all at once."""
+        run, query = self._m.utils.uint64_to_int64(run_id), self._state.query
+        rows: list[dict[str, Any]] = []
+        edges: list[dict[str, Any]] = []
+
+        def flush() -> None:
+            if rows:
+                query(_ADD_OBJECT, rows)
+                query("INSERT OR IGNORE INTO run_objects (run_id, object_id) VALUES (:run, :id)", rows)
+                rows.clear()
+
+        size = 0
+        for object_id, content in contents:
+            rows.append({"id": object_id, "content": content, "run": run})
+            edges += [{"parent": object_id, "child": child} for child in _children_of(content, origin)]
+            size += len(content)
+            if size > _BATCH_BYTES:
+                flush()
+                size = 0
+        flush()
+        if edges:
+            if {edge["child"] for edge in edges} - self._known({edge["child"] for edge in edges}):
+                raise IntegrityError(f"{origin}: it refers to objects that are not there")
+            query(_COUNT_EDGE, edges)
+            query("INSERT OR IGNORE INTO object_children (parent_id, child_id) VALUES (:parent, :child)", edges)
+
+    def _sweep(self, roots: Iterable[str]) -> None:
+        """What ObjectStore.delete does for one object at a time: drop roots that nothing refers to, and what then falls."""
+        query, level = self._state.query, list(roots)
+        while level:
+            free = query(_FREE, {"ids": json.dumps(level)})
+            ids = {"ids": json.dumps([row["object_id"] for row in free])}
+            below = query(
+                "SELECT child_id AS c FROM object_children WHERE parent_id IN (SELECT value FROM json_each(:ids))", ids
+            )
+            query("DELETE FROM objects WHERE object_id IN (SELECT value FROM json_each(:ids))", ids)
+            if below:
+                query("UPDATE objects SET ref_count=ref_count-1 WHERE object_id=:c AND ref_count>0", below)
+            level = list({row["c"] for row in below})
+
+    def ready(self, run: Run) -> dict[str, str]:
+        """instruction id -> reply id, of replies whose objects are all there."""
+        query = (
+            "SELECT reply_to_message_id AS i, message_id AS m FROM message_res WHERE run_id=:r AND message_id NOT IN "
+            "(SELECT root_object_id FROM object_push_session_roots JOIN object_push_sessions USING (session_id) "
+            "WHERE pending_count>0)"
+        )
+        with self.together():
+            rows = self._state.query(query, {"r": self._m.utils.uint64_to_int64(run.run_id)})
+        return {row["i"]: row["m"] for row in rows}
+
+    def upload_done(self, session_id: str) -> bool:
+        """Whether nothing is awaited any more in a push session (flwr removes it with its last object)."""
+        query = "SELECT 1 FROM object_push_sessions WHERE session_id=:s AND pending_count>0"
+        with self.together():
+            return not self._state.query(query, {"s": session_id})
+
+    def read_objects(self, object_ids: Iterable[str], at_most: int) -> list[bytes]:
+        """Contents of the first of these objects, until ``at_most`` bytes are reached; b"" for one that is gone."""
+        found, size = list[bytes](), 0
+        with self.together():
+            for object_id in object_ids:
+                found.append(self._store.get(object_id) or b"")
+                size += len(found[-1])
+                if size >= at_most:
+                    break
+        return found
+
+    def load(self, message_id: str, *, origin: str) -> Message:
+        """Read a stored message whole. Raises IntegrityError when it is not readable or an object is missing."""
+        contents: dict[str, bytes] = {}
+        wanted = [message_id]
+        with self.together():
+            while wanted:
+                for object_id in wanted:
+                    content = self._store.get(object_id)
+                    if not content:
+                        raise IntegrityError(f"{origin}: object {object_id[:16]} of the message is missing")
+                    contents[object_id] = content
+                if len(contents) > wire.MAX_OBJECTS:
+                    raise IntegrityError(f"{origin}: more than {wire.MAX_OBJECTS} objects in one message")
+                wanted = _children(contents, wanted, origin)
+        return inflate(message_id, contents, origin=origin)
+
+    def forget(self, message_ids: Iterable[str], ready: Mapping[str, str]) -> None:
+        """Drop instructions, their replies and the objects of both."""
+        ids = set(message_ids)
+        with self.together():
+            self._sweep([*ids, *(ready[i] for i in ids if i in ready)])
+            self._state.delete_messages(ids)
+
+    def pending(self, run: Run, group: str) -> dict[str, int]:
+        """instruction id -> node id of what one group (a round) still holds in the store."""
+        query = "SELECT message_id AS m, dst_node_id AS n FROM message_ins WHERE run_id=:r AND group_id=:g"
+        with self.together():
+            rows = self._state.query(query, {"r": self._m.utils.uint64_to_int64(run.run_id), "g": group})
+        return {row["m"]: int(self._m.utils.int64_to_uint64(row["n"])) for row in rows}
+
+    # Flower's Fleet API
+
+    def fleet(self, name: str, body: bytes, node: int, public_pem: bytes) -> FleetAnswer:
+        """Answer one Fleet call of an authenticated node.
+
+        Raises FleetRefused with the HTTP status that Flower documents for it. A node speaks for itself only.
+        """
+        request = self._parsed(name, body, node, public_pem)
+        handler = self._calls[name][1]
+        try:
+            with self.together():
+                response = handler(request, self._state)
+                if name == "push-object" and not response.stored:
+                    raise _NotStored(response)  # flwr swallows the error: undo the half-done statements before it
+        except _NotStored as refused:
+            response = refused.response
+        except self._m.errors.FlowerError as error:
+            spec = self._m.catalog.API_ERROR_MAP[error.code]
+            raise FleetRefused(spec.http_status_code, spec.public_message) from None
+        except (KeyError, ValueError) as error:  # an unknown run, a malformed message or tree
+            raise FleetRefused(400, f"{name} refused: {type(error).__name__}") from None
+        except self._m.sqlalchemy_errors.OperationalError:
+            raise FleetRefused(503, "the server's store is busy") from None
+        session = getattr(response if name == "push-messages" else request, "session_id", "")
+        return FleetAnswer(response.SerializeToString(), bool(session) and self.upload_done(session))
+
+    def _parsed(self, name: str, body: bytes, node: int, public_pem: bytes) -> Any:
+        if name not in self._calls:
+            raise FleetRefused(404, f"no such Fleet call: {name}")
+        try:
+            request = self._calls[name][0].FromString(body)
+        except Exception as error:  # protobuf's DecodeError, whichever implementation is loaded
+            raise FleetRefused(400, f"not a readable {name} request: {type(error).__name__}") from None
+        wire.check_sender(request, node, public_pem)
+        return request
+
+    def _fleet_calls(self) -> dict[str, tuple[Any, Callable[[Any, Any], Any]]]:
+        """register-node, unregister-node and get-fab are left out: keys come from our registry, code is never sent."""
+        m, h = self._m, self._m.handlers
+        return {
+            "activate-node": (m.fleet_pb2.ActivateNodeRequest, h.activate_node),
+            "deactivate-node": (m.fleet_pb2.DeactivateNodeRequest, h.deactivate_node),
+            "send-node-heartbeat": (m.heartbeat_pb2.SendNodeHeartbeatRequest, h.send_node_heartbeat),
+            "pull-messages": (m.fleet_pb2.PullMessagesRequest, lambda r, s: h.pull_messages(r, s, s.object_store)),
+            "push-messages": (m.fleet_pb2.PushMessagesRequest, h.push_messages),
+            "get-run": (m.run_pb2.GetRunRequest, h.get_run),
+            "push-object": (m.message_pb2.PushObjectRequest, h.push_object),
+            "pull-object": (m.message_pb2.PullObjectRequest, h.pull_object),
+            "confirm-message-received": (m.message_pb2.ConfirmMessageReceivedRequest, self._confirm),
+        }
+
+    def _confirm(self, request: Any, state: Any) -> Any:
+        """Flower's handler deletes whatever object is named: only an instruction to this very node may be."""
+        query = "SELECT 1 FROM message_ins WHERE message_id=:m AND dst_node_id=:n"
+        values = {"m": request.message_object_id, "n": self._m.utils.uint64_to_int64(request.node.node_id)}
+        if state.query(query, values):
+            return self._m.handlers.confirm_message_received(request, state, state.object_store)
+        return self._m.message_pb2.ConfirmMessageReceivedResponse()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Several calls as one transaction: all of them take effect, or none."""
+        with self._lock, self._state.session():
+            yield
+
+
+class _NotStored(Exception):
+    def __init__(self, response: Any) -> None:
+        super().__init__("not stored")
+        self.response = response
+
+
+def _children_of(content: bytes, origin: str) -> list[str]:
+    try:
+        return list(dict.fromkeys(get_object_children_ids_from_object_content(content)))
+    except ValueError:
+        raise IntegrityError(f"{origin}: an object of the message is not readable") from None
+
+
+def _children(contents: Mapping[str, bytes], parents: Iterable[str], origin: str) -> list[str]:
+    """Ids that the heads of these objects name and that are not read yet."""
+    found = dict.fromkeys(child for parent in parents for child in _children_of(contents[parent], origin))
+    return [i for i in found if i not in contents]

@@ -1,0 +1,1 @@
+"""Who is who: device keys, the fleet's certificate authority, signed request headers. cryptography only."""

@@ -1,0 +1,138 @@
+"""Application: one learning task, from data to metric. Torch-free; the torch half is named and imported on demand."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.resources
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fl_core.contracts import config as configuration
+from fl_core.contracts.errors import ConfigError, DataError, unknown_name
+from fl_core.learning.examples import Examples, RawData
+
+Outputs = Mapping[str, npt.NDArray[np.generic]]
+ENTRY_POINT_GROUP = "fieldfleet.applications"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output of the model; -1 in ``shape`` is the batch."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Application:
+    """Everything that the rooms need to know of an application; its folder is ``applications/NAME``.
+
+    read(path) -> RawData: the loader; raises DataError naming file and column before any work starts.
+    generate(config, seed) -> RawData: data made by the application itself.
+    inputs(config), outputs(config): the model's tensors, in the order of ``forward``'s arguments and results.
+    postprocess(config, outputs) -> columns: what users read (``score`` or ``prediction`` and class scores).
+    metrics(config, outputs, examples) -> name -> value, with scikit-learn's names.
+    groups(config, examples) -> name -> boolean mask (N,): parts reported separately.
+    model, loss, augment: "module:attribute" of the torch half:
+      build_model(config) -> Module with forward(*inputs) -> Tensor or tuple of Tensors;
+      loss(outputs, targets, config) -> (numerator, denominator), both scalar Tensors: sums over the examples, never means;
+      augment(inputs, seeds, config) -> inputs, numpy (N, ...) arrays, ``seeds`` (N,) uint64 keyed by (seed, epoch, example).
+    """
+
+    name: str
+    title: str
+    summary: str
+    config_type: type[Any]
+    data_set: str
+    client_term: str
+    read: Callable[[Path], RawData]
+    generate: Callable[[Any, int], RawData]
+    inputs: Callable[[Any], tuple[TensorSpec, ...]]
+    outputs: Callable[[Any], tuple[TensorSpec, ...]]
+    postprocess: Callable[[Any, Outputs], dict[str, npt.NDArray[Any]]]
+    metrics: Callable[[Any, Outputs, Examples], dict[str, float]]
+    groups: Callable[[Any, Examples], dict[str, npt.NDArray[np.bool_]]]
+    labels: Callable[[Any], tuple[str, ...]]
+    primary_metric: str
+    higher_is_better: bool
+    model: str
+    loss: str
+    augment: str = ""
+
+    def build_model(self, config: Any) -> Any:
+        return resolve(self.model)(config)
+
+    def loss_function(self) -> Callable[..., Any]:
+        return resolve(self.loss)  # type: ignore[no-any-return]
+
+    def augment_function(self) -> Callable[..., Any] | None:
+        return resolve(self.augment) if self.augment else None
+
+    def presets(self) -> dict[str, Any]:
+        """Name -> resource of each preset of this application."""
+        folder = importlib.resources.files(self.config_type.__module__.rpartition(".")[0]) / "presets"
+        return {
+            p.name.removesuffix(".toml"): p
+            for p in sorted(folder.iterdir(), key=lambda p: p.name)
+            if p.name.endswith(".toml")
+        }
+
+    def configure(self, overrides: Iterable[str] = (), *, preset: str = "default") -> Any:
+        """The preset with ``--set`` overrides, validated. Raises ConfigError."""
+        import tomllib
+
+        presets = self.presets()
+        if preset not in presets:
+            raise unknown_name(f"preset of {self.name}", preset, list(presets))
+        origin = f"{self.name}/presets/{preset}.toml"
+        table = tomllib.loads(presets[preset].read_text(encoding="utf-8"))
+        configuration.parse(self.config_type, table, origin=origin)
+        items = list(overrides)
+        if not items:
+            return configuration.parse(self.config_type, table, origin=origin)
+        return configuration.parse(self.config_type, configuration.apply_overrides(table, items), origin="--set")
+
+    def configure_from(self, table: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str) -> Any:
+        """From a manifest's or a message's table: never trusted, validated in the same way."""
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{origin}: a configuration must be a table")
+        try:
+            return configuration.parse(self.config_type, configuration.apply_overrides(table, overrides), origin=origin)
+        except RecursionError:
+            raise ConfigError(f"{origin}: the configuration is nested too deeply") from None
+
+
+def resolve(reference: str) -> Any:
+    module, _, attribute = reference.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def known_applications() -> list[str]:
+    """Folders of ``applications`` and entry points of other people's packages."""
+    package = importlib.import_module("applications")
+    own = [m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg]
+    return sorted({*own, *(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))})
+
+
+def application(name: str) -> Application:
+    """By name. Raises InputError with the list of the known ones."""
+    known = known_applications()
+    if name not in known:
+        raise unknown_name("application", name, known)
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == name:
+            found = entry.load()
+            break
+    else:
+        found = importlib.import_module(f"applications.{name}").APPLICATION
+    if not isinstance(found, Application):
+        raise DataError(f"application {name!r} does not expose an Application as APPLICATION")
+    return found

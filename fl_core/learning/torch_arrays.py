@@ -1,0 +1,57 @@
+"""Between torch modules and model arrays, and batched prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from fl_core.contracts.arrays import Arrays, check_like
+from fl_core.learning.application import Application
+from fl_core.learning.examples import Examples
+
+
+def get_arrays(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    """Copies of all parameters and buffers, by name."""
+    return {k: v.detach().cpu().numpy().copy() for k, v in model.state_dict().items()}
+
+
+def set_arrays(model: nn.Module, arrays: Arrays, *, origin: str) -> None:
+    """Load by name. Raises IntegrityError naming ``origin`` and the array that does not fit or is not finite."""
+    check_like(arrays, get_arrays(model), origin=origin)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(torch.from_numpy(np.array(arrays[name])))
+
+
+def tensors(application: Application, config: Any, examples: Examples, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """The model's inputs in the order of ``forward``."""
+    return tuple(
+        torch.from_numpy(np.ascontiguousarray(examples.inputs[spec.name])).to(device)
+        for spec in application.inputs(config)
+    )
+
+
+def predict(
+    model: nn.Module, application: Application, config: Any, examples: Examples, *, batch_size: int = 512
+) -> dict[str, npt.NDArray[Any]]:
+    """Outputs by name, each (N, ...); evaluation mode is set and the former mode restored."""
+    names = [spec.name for spec in application.outputs(config)]
+    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
+    place = next(model.parameters())
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(examples), batch_size):
+                batch = tensors(application, config, examples.take(slice(start, start + batch_size)))
+                result = model(*(t.to(place) if t.is_floating_point() else t.to(place.device) for t in batch))
+                for name, value in zip(names, result if isinstance(result, tuple) else (result,), strict=True):
+                    parts[name].append(value.cpu().numpy())
+    finally:
+        model.train(training)
+    specs = {spec.name: spec for spec in application.outputs(config)}
+    return {n: np.concatenate(p) if p else np.zeros((0, *specs[n].shape[1:]), specs[n].dtype) for n, p in parts.items()}

@@ -1,0 +1,1 @@
+"""Atomic files, SQLite in WAL mode, append-only logs, bounded archive reading."""

@@ -1,0 +1,267 @@
+"""``fieldfleet server ...``: make a home, register devices, run federations."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fl_core.contracts import checkpoint as checkpoints
+from fl_core.contracts.cli import Subparsers, command, emit
+from fl_core.contracts.errors import InputError
+from fl_core.contracts.names import DEFAULT_MQTT_PORT, DEFAULT_SERVER_PORT
+from fl_core.contracts.progress import Progress
+from fl_core.identity import keys
+from fl_server.field_commands import add_field_commands
+
+if TYPE_CHECKING:
+    from fl_server.history import RoundRecord
+    from fl_server.home import MqttSettings, ServerHome
+    from fl_server.registry import Device, Registry
+    from fl_server.run import RunOptions, RunResult
+
+DEFAULT_WAIT_S = 300.0
+
+
+def add_commands(subparsers: Subparsers) -> None:
+    text = "the federation's server: its home, its devices, its runs"
+    group: Any = subparsers.add_parser("server", help=text, description=text)
+    actions = group.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _add_init(actions)
+    _add_registry(actions)
+    _add_run(actions)
+    add_field_commands(actions)
+
+
+def _add_init(actions: Subparsers) -> None:
+    init = command(actions, "init", run_init, help="make a home: settings, CA, certificate, registry", config=False)
+    init.add_argument("home", type=Path, metavar="HOME")
+    init.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1; 0.0.0.0 = all)")
+    init.add_argument("--port", type=int, default=DEFAULT_SERVER_PORT, help=f"default: {DEFAULT_SERVER_PORT}")
+    init.add_argument("--name", action="append", default=[], help="DNS name or address that devices use; repeatable")
+    init.add_argument("--fleet", default="fieldfleet", help="name of the fleet (default: fieldfleet)")
+    init.add_argument("--mqtt", default="embedded", help="embedded (default), off, or HOST:PORT of your own broker")
+    init.add_argument("--mqtt-port", type=int, default=DEFAULT_MQTT_PORT, help="port of the embedded broker")
+    renew = command(actions, "renew", run_renew, help="issue a new server certificate from the home's CA", config=False)
+    _home_option(renew)
+    renew.add_argument("--name", action="append", default=[], help="a further DNS name or address; repeatable")
+
+
+def _add_registry(actions: Subparsers) -> None:
+    register = command(actions, "register", run_register, help="let a device take part", config=False)
+    register.add_argument("key", type=Path, metavar="KEY.pub", help="the device's public key (its keys/device.pub)")
+    register.add_argument("--name", required=True, help="the device's name in the fleet")
+    _home_option(register)
+    _home_option(command(actions, "devices", run_devices, help="list the registered devices", config=False))
+    revoke = command(actions, "revoke", run_revoke, help="refuse a device from now on", config=False)
+    revoke.add_argument("name", metavar="NAME")
+    _home_option(revoke)
+
+
+def _add_run(actions: Subparsers) -> None:
+    run = command(actions, "run", run_run, help="federate an application over the registered devices")
+    run.add_argument("application", metavar="APP")
+    _home_option(run)
+    run.add_argument(
+        "--from", dest="start", type=Path, metavar="CKPT", help="start from this checkpoint (default: a fresh model)"
+    )
+    run.add_argument("--rounds", type=int, required=True, metavar="N")
+    run.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="run folder; an interrupted run is taken up"
+    )
+    run.add_argument("--stay", action="store_true", help="go on serving devices after the last round")
+    run.add_argument(
+        "--min-devices", type=int, metavar="N", help="wait for N devices first (default: algorithm.min_clients)"
+    )
+    run.add_argument(
+        "--wait", type=float, default=DEFAULT_WAIT_S, metavar="S", help="wait for them at most S seconds (default: 300)"
+    )
+
+
+def _home_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--home", required=True, type=Path, help="the server's home")
+
+
+def run_init(args: argparse.Namespace) -> int:
+    from fl_core.contracts import config as configuration
+    from fl_server.home import ListenSettings, ServerSettings, create_home
+
+    listen = {"host": args.host, "port": args.port, "names": args.name}
+    settings = ServerSettings(
+        fleet=args.fleet,
+        listen=configuration.parse(ListenSettings, listen, origin="server init"),
+        mqtt=_mqtt_settings(args.mqtt, args.mqtt_port),
+    )
+    home = create_home(args.home, settings)
+    _write_broker_files(home)
+    document = {"home": str(home.path), "ca": str(home.ca_file), "certificate": str(home.certificate)}
+    emit(args, document, f"{home.path}: ready. Give devices {home.ca_file}; register them with 'server register'.")
+    return 0
+
+
+def _mqtt_settings(mode: str, port: int) -> MqttSettings:
+    from fl_core.contracts import config as configuration
+    from fl_server.home import MqttSettings
+
+    table: dict[str, Any] = {"mode": mode, "port": port}
+    if mode not in ("embedded", "off"):
+        host, colon, number = mode.rpartition(":")
+        if not colon or not host or not number.isdigit():
+            raise InputError(f"--mqtt {mode!r} is not accepted", remedy="accepted: embedded, off, or HOST:PORT")
+        table = {"mode": "external", "host": host.strip("[]"), "port": int(number)}
+    return configuration.parse(MqttSettings, table, origin="server init --mqtt")
+
+
+def run_renew(args: argparse.Namespace) -> int:
+    from fl_server.home import ServerHome
+
+    home = ServerHome(args.home)
+    facts = home.renew(args.name)
+    document = {"certificate": str(home.certificate), "not_after": facts.not_after.isoformat(), "hosts": facts.hosts}
+    text = (
+        f"{home.certificate}: valid until {facts.not_after:%Y-%m-%d} for {', '.join(facts.hosts)}; restart the server"
+    )
+    emit(args, document, text)
+    return 0
+
+
+def run_register(args: argparse.Namespace) -> int:
+    pem = keys.read_public_key(args.key)
+    home, registry = _open(args.home)
+    try:
+        device = registry.register(args.name, pem)
+    finally:
+        registry.close()
+    _write_broker_files(home)
+    emit(args, _facts(device), f"{device.name}: registered, key {device.fingerprint}")
+    return 0
+
+
+def run_revoke(args: argparse.Namespace) -> int:
+    home, registry = _open(args.home)
+    try:
+        device = registry.revoke(args.name)
+    finally:
+        registry.close()
+    _write_broker_files(home)
+    emit(args, _facts(device), f"{device.name}: revoked; a running server refuses it from now on")
+    return 0
+
+
+def run_devices(args: argparse.Namespace) -> int:
+    home, registry = _open(args.home)
+    try:
+        devices = registry.devices()
+    finally:
+        registry.close()
+
+    def table() -> None:
+        for d in devices:
+            print(f"{d.name:24} {d.fingerprint}  {f'revoked {d.revoked_at}' if d.revoked else d.registered_at}")
+        if not devices:
+            print(f"{home.path}: no device is registered")
+
+    emit(args, {"fleet": home.settings.fleet, "devices": [_facts(d) for d in devices]}, table)
+    return 0
+
+
+def run_run(args: argparse.Namespace) -> int:
+    from fl_server.history import check_applied
+    from fl_server.run import serve
+
+    options = _run_options(args)
+    app = options.application
+    with Progress(f"federate {app.name}", options.num_rounds) as bar:
+        bar.update(0, "waiting for devices")
+        result = serve(
+            options,
+            on_listening=lambda superlink: print(f"listening on {superlink.url}", file=sys.stderr, flush=True),
+            on_round=lambda record: bar.update(record.round, _status(record, app.primary_metric)),
+            on_result=lambda result: _print_result(args, options, result),
+        )
+    check_applied(result.history)
+    return 0
+
+
+def _status(record: RoundRecord, metric: str) -> str:
+    parts = [f"{len(record.clients)} devices"]
+    if record.loss is not None:
+        parts.append(f"loss {record.loss:.4f}")
+    if metric in (found := record.held_out or record.evaluation):
+        parts.append(f"{metric} {found[metric]:.3f}")
+    missing = [*record.late, *record.refused]
+    return " ".join([*parts, *([f"without {', '.join(missing[:3])}"] if missing else [])])
+
+
+def _run_options(args: argparse.Namespace) -> RunOptions:
+    """Everything that the user may have got wrong is found here, before anything starts."""
+    from fl_server.federation import read_federation
+    from fl_server.home import ServerHome
+    from fl_server.run import RunOptions
+
+    found = read_federation(args)
+    minimum = found.config.algorithm.min_clients if args.min_devices is None else args.min_devices
+    if minimum < 0 or args.wait < 0:
+        raise InputError("--min-devices and --wait must not be negative")
+    return RunOptions(
+        home=ServerHome(args.home),
+        application=found.application,
+        config=found.config,
+        start=found.start,
+        num_rounds=args.rounds,
+        seed=args.seed,
+        out=args.out,
+        min_devices=minimum,
+        wait_seconds=args.wait,
+        stay=args.stay,
+    )
+
+
+def _print_result(args: argparse.Namespace, options: RunOptions, result: RunResult) -> None:
+    manifest = checkpoints.load(result.final).manifest
+    document = {
+        "application": options.application.name,
+        "checkpoint": str(result.final),
+        "model_sha256": manifest.model_sha256,
+        "rounds": len(result.history),
+        "devices": list(result.devices),
+        "clients_seen": manifest.clients_seen,
+        "metrics": manifest.metrics,
+        "history": [dataclasses.asdict(record) for record in result.history],
+    }
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in manifest.metrics.items())
+    emit(
+        args,
+        document,
+        f"{result.final}: {len(result.history)} rounds over {len(manifest.clients_seen)} devices: {shown or 'not evaluated'}",
+    )
+    sys.stdout.flush()  # with --stay this process goes on
+
+
+def _open(path: Path) -> tuple[ServerHome, Registry]:
+    from fl_server.home import ServerHome
+
+    home = ServerHome(path)
+    return home, home.registry()
+
+
+def _write_broker_files(home: ServerHome) -> None:
+    """An external mosquitto reads its accounts from files."""
+    from fl_server.field import write_broker_files
+
+    registry = home.registry()
+    try:
+        write_broker_files(home, registry)
+    finally:
+        registry.close()
+
+
+def _facts(device: Device) -> dict[str, Any]:
+    return {
+        "name": device.name,
+        "fingerprint": device.fingerprint,
+        "registered_at": device.registered_at,
+        "revoked_at": device.revoked_at or None,
+    }

@@ -1,0 +1,52 @@
+"""What ``server run`` and ``simulate`` have in common: everything a user may have got wrong, found before anything starts."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from fl_core.contracts import checkpoint as checkpoints
+from fl_core.contracts.arrays import check_like
+from fl_core.contracts.checkpoint import Checkpoint
+from fl_core.contracts.cli import output_folder
+from fl_core.contracts.errors import InputError, IntegrityError
+from fl_core.learning.application import Application, application
+
+
+@dataclass(frozen=True)
+class Federation:
+    """An application with its validated configuration, and the checkpoint it starts from (None = a fresh model)."""
+
+    application: Application
+    config: Any
+    start: Checkpoint | None
+
+
+def read_federation(args: argparse.Namespace) -> Federation:
+    """From ``application``, ``overrides``, ``preset``, ``rounds``, ``start`` and ``out`` of a command line.
+
+    Raises InputError (names, numbers, folders, a checkpoint of another application or another model) or
+    IntegrityError (a damaged checkpoint).
+    """
+    from fl_core.algorithms import build_algorithm
+    from fl_core.learning.torch_arrays import get_arrays
+    from fl_core.optimizers import check_name
+
+    app = application(args.application)
+    config = app.configure(args.overrides, preset=args.preset)
+    build_algorithm(config.algorithm)
+    check_name(config.optimizer)
+    if args.rounds < 1:
+        raise InputError(f"--rounds {args.rounds}: at least one round is needed")
+    start = checkpoints.load(args.start) if args.start else None
+    if start is not None:
+        if start.manifest.application != app.name:
+            raise InputError(f"--from {args.start}: is a checkpoint of {start.manifest.application}, not of {app.name}")
+        try:
+            check_like(start.arrays, get_arrays(app.build_model(config)), origin=f"--from {args.start}")
+        except IntegrityError as error:
+            remedy = "its model has another configuration: repeat the --set model.* options it was made with"
+            raise InputError(error.message, remedy=remedy) from None
+    output_folder(args.out, resume=any(args.out.glob("round-*")) if args.out.is_dir() else False)
+    return Federation(app, config, start)

@@ -1,0 +1,117 @@
+"""The field service: the embedded broker (or the address of an external one) and the bridge, from a server's home."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fl_core.contracts.errors import EnvironmentFault
+from fl_core.link.session import BrokerAddress
+from fl_core.link.topics import OPERATOR_ACCOUNT, SERVER_ACCOUNT
+from fl_server import accounts, mosquitto
+from fl_server.bridge import Bridge, Event
+from fl_server.broker import Accounts, EmbeddedBroker
+from fl_server.home import ServerHome
+from fl_server.registry import Registry
+
+WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 compared, not bound
+SESSION_EXPIRY_S = 7 * 86_400
+
+
+class FieldService:
+    """start() / stop(). ``bridge`` is None when MQTT is switched off in server.toml."""
+
+    def __init__(self, home: ServerHome, registry: Registry, *, on_event: Event | None = None) -> None:
+        settings = home.settings.mqtt
+        self.broker: EmbeddedBroker | None = None
+        self.bridge: Bridge | None = None
+        if settings.mode == "off":
+            return
+        if settings.mode == "embedded":
+            services = accounts.service_passwords(home.broker_folder)
+            self.broker = EmbeddedBroker(
+                accounts=Accounts(home.settings.fleet, accounts.lookup(registry, services)),
+                host=settings.host or home.settings.listen.host,
+                port=settings.port,
+                certificate=(home.certificate, home.certificate_key) if settings.tls else None,
+                admit_devices=False,
+            )
+        self.bridge = Bridge(home.path, home.settings.fleet, service_address(home, SERVER_ACCOUNT), on_event=on_event)
+
+    def start(self) -> None:
+        """Raises EnvironmentFault: a busy port, an unreachable broker, a refused account."""
+        if self.broker is not None:
+            self.broker.start()
+        if self.bridge is not None:
+            try:
+                self.bridge.start()
+                if self.broker is not None:
+                    self.broker.admit()
+            except BaseException:
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        if self.bridge is not None:
+            self.bridge.stop()
+        if self.broker is not None:
+            self.broker.stop()
+
+    def wake(self, names: Iterable[str]) -> None:
+        """Ring devices that have a message waiting."""
+        if self.bridge is not None:
+            self.bridge.wake(names)
+
+
+def service_address(home: ServerHome, account: str) -> BrokerAddress:
+    """How the server itself, or an operator on this machine, reaches the broker."""
+    settings = home.settings.mqtt
+    host = settings.host or home.settings.listen.host
+    if settings.mode == "embedded" and host in WILDCARDS:
+        host = "127.0.0.1"
+    username, password = account, ""
+    if settings.mode == "external" and settings.username:
+        username, password = settings.username, _password_file(Path(settings.password_file))
+    else:
+        password = accounts.service_passwords(home.broker_folder)[account]
+    unique = f"-{os.getpid()}" if account == OPERATOR_ACCOUNT else ""
+    return BrokerAddress(
+        host=host,
+        port=settings.port,
+        username=username,
+        password=password,
+        client_id=f"{username}{unique}",
+        ca=home.ca_file if settings.tls else None,
+        keepalive_s=30,
+        # an external broker keeps what devices say while this server is down
+        session_expiry_s=SESSION_EXPIRY_S if settings.mode == "external" and account == SERVER_ACCOUNT else 0,
+    )
+
+
+def write_broker_files(home: ServerHome, registry: Registry) -> Path | None:
+    """For an external mosquitto: its files in HOME/broker, after each change of the registry. None in other modes."""
+    settings = home.settings.mqtt
+    if settings.mode != "external":
+        return None
+    services = accounts.service_passwords(home.broker_folder)
+    listener = mosquitto.Listener(
+        port=settings.port,
+        certificate=home.certificate.resolve() if settings.tls else None,
+        key=home.certificate_key.resolve() if settings.tls else None,
+    )
+    return mosquitto.write_files(
+        home.broker_folder,
+        fleet=home.settings.fleet,
+        accounts=accounts.all_accounts(registry, services),
+        listener=listener,
+    )
+
+
+def _password_file(path: Path) -> str:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        password = path.read_text(encoding="utf-8").strip()
+        if password:
+            return password
+    raise EnvironmentFault(f"{path}: no password for the MQTT broker in it", remedy="mqtt.password_file in server.toml")

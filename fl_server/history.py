@@ -1,0 +1,82 @@
+"""What happened in each round: a record in memory, and a line in ``history.jsonl`` of the run folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fl_core.contracts.errors import GoalMissed
+from fl_core.storage.log import AppendLog, read_log
+
+FILE_NAME = "history.jsonl"
+
+
+@dataclass
+class RoundRecord:
+    """clients: device -> metrics of its training reply; refused: device -> reason; late: no reply before the deadline.
+
+    ``evaluation``: example-weighted means over the clients' validation data; ``held_out``: the server's own evaluation.
+    """
+
+    round: int
+    clients: dict[str, dict[str, float]] = field(default_factory=dict)
+    num_examples: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    late: list[str] = field(default_factory=list)
+    applied: bool = False
+    loss: float | None = None
+    evaluation: dict[str, float] = field(default_factory=dict)
+    client_evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    model_sha256: str = ""
+
+
+class History:
+    """Append-only; after a resume the lines of rounds that are done again are superseded by later ones."""
+
+    def __init__(self, folder: Path, *, resumed_round: int = 0) -> None:
+        self.records = [r for r in read_history(folder) if r.round <= resumed_round]
+        self._log = AppendLog(folder / FILE_NAME)
+
+    def append(self, record: RoundRecord) -> None:
+        self.records.append(record)
+        self._log.append(asdict(record))
+
+    def close(self) -> None:
+        self._log.close()
+
+
+def read_history(folder: Path) -> list[RoundRecord]:
+    """One record a round, the last written of each, in order of rounds."""
+    found: dict[int, dict[str, Any]] = {}
+    for entry in read_log(folder / FILE_NAME):
+        if isinstance(entry.get("round"), int):
+            found[entry["round"]] = entry
+    known = set(RoundRecord.__dataclass_fields__)
+    return [RoundRecord(**{k: v for k, v in found[r].items() if k in known}) for r in sorted(found)]
+
+
+def weighted_mean(values: dict[str, dict[str, float]], weights: dict[str, int]) -> dict[str, float]:
+    """Per metric over the clients that report it, weighted by their examples."""
+    names = sorted({name for v in values.values() for name in v})
+    result = {}
+    for name in names:
+        holders = [c for c in sorted(values) if name in values[c] and weights.get(c, 0) > 0]
+        total = sum(weights[c] for c in holders)
+        if total:
+            result[name] = sum(weights[c] * values[c][name] for c in holders) / total
+    return result
+
+
+def check_applied(records: list[RoundRecord]) -> None:
+    """Raises GoalMissed, with the first reason, when not one round changed the model."""
+    if records and not any(record.applied for record in records):
+        reasons = [reason for record in records for reason in record.refused.values()]
+        raise GoalMissed(
+            f"none of {len(records)} rounds changed the model",
+            remedy=reasons[0]
+            if reasons
+            else "too few clients replied: see history.jsonl, algorithm.min_clients and algorithm.deadline_s",
+        )

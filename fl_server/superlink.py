@@ -1,0 +1,145 @@
+"""The embedded SuperLink: Flower's state in SQLite, our endpoint in front of it, uvicorn in a thread of this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import threading
+import time
+from typing import Any
+
+import uvicorn
+
+from fl_core.contracts.errors import EnvironmentFault
+from fl_core.flower import wire
+from fl_core.flower.adapter import LinkStore
+from fl_server.bell import Bell
+from fl_server.directory import Caller, Directory
+from fl_server.endpoint import Endpoint
+from fl_server.home import ServerHome
+from fl_server.link_grid import LinkGrid
+from fl_server.repository_files import RepositoryFiles
+
+KEEP_ALIVE_SECONDS = 300  # else each slow poll pays a TLS handshake
+START_SECONDS, STOP_SECONDS = 30.0, 2
+
+
+class _Server(uvicorn.Server):
+    """Ends connections that their devices did not close in time, rather than leaving them to the garbage collector."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        for connection in list(self.server_state.connections):
+            transport = getattr(connection, "transport", None)
+            if transport is not None:
+                transport.abort()
+        await asyncio.sleep(0)  # let the aborts take effect before the loop closes
+
+
+class SuperLink:
+    """start() / stop(). Everything that can be wrong with the home or the port is found before anything starts.
+
+    Raises EnvironmentFault: an expired certificate, a busy port. port 0 takes a free one (``port`` tells which).
+    """
+
+    def __init__(self, home: ServerHome, *, port: int | None = None) -> None:
+        self.home = home
+        home.check()
+        listen = home.settings.listen
+        self._socket = bind(listen.host, listen.port if port is None else port)
+        self.port: int = self._socket.getsockname()[1]
+        self.bell = Bell()
+        try:
+            self.store = LinkStore(home.state_file)
+            home.state_file.chmod(0o600)
+            self.registry = home.registry()
+            self.directory = Directory(self.registry, self.store)
+        except BaseException:
+            self._socket.close()
+            raise
+        self._files = RepositoryFiles(home.repository)
+        self._endpoint = Endpoint(self.store, self.directory, self.bell, self._files, self._welcome)
+        self._server = _Server(
+            uvicorn.Config(
+                self._endpoint,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=STOP_SECONDS,
+                ssl_certfile=str(home.certificate),
+                ssl_keyfile=str(home.certificate_key),
+            )
+        )
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """As seen from this machine; devices use one of the public names."""
+        host = self.home.settings.listen.host
+        return f"https://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self.port}"  # noqa: S104 compared
+
+    def start(self) -> None:
+        def serve() -> None:
+            with contextlib.suppress(SystemExit):  # uvicorn's way to say that it could not start
+                self._server.run(sockets=[self._socket])
+
+        self._thread = threading.Thread(target=serve, name="superlink", daemon=True)
+        self._thread.start()
+        deadline = time.monotonic() + START_SECONDS
+        while not self._server.started and self._thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.005)  # uvicorn tells it by an attribute only
+        if not self._server.started:
+            self.stop()
+            raise EnvironmentFault("the HTTPS server did not start", remedy="run again with --verbose")
+
+    def stop(self) -> None:
+        """Waiting devices are told to come back later; requests under way get a few seconds."""
+        self.bell.close()
+        self._server.should_exit = True
+        if self._thread is not None:
+            self._thread.join(STOP_SECONDS + 5)
+        self._socket.close()
+        self._endpoint.close()
+        self.registry.close()
+
+    def grid(self) -> LinkGrid:
+        return LinkGrid(self.store, self.bell, self.directory)
+
+    def _welcome(self, caller: Caller, host: str) -> dict[str, Any]:
+        settings = self.home.settings
+        mqtt = None
+        if settings.mqtt.mode != "off":
+            mqtt = {
+                "host": settings.mqtt.host if settings.mqtt.mode == "external" else host,
+                "port": settings.mqtt.port,
+                "tls": settings.mqtt.tls,
+                "username": caller.device.name,
+                "password": caller.device.mqtt_password,
+            }
+        return {
+            "name": caller.device.name,
+            "fleet": settings.fleet,
+            "mqtt": mqtt,
+            "repository": wire.REPOSITORY_PATH,
+            "tuf_root": self._files.root_metadata(),
+        }
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, or EnvironmentFault naming the port and what to do."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        reason = {
+            errno.EADDRINUSE: "is in use by another program",
+            errno.EACCES: "may not be used by this user",
+            errno.EADDRNOTAVAIL: f"cannot be opened: this machine has no address {host}",
+        }.get(error.errno or 0, f"cannot be opened: {error}")
+        raise EnvironmentFault(
+            f"port {port} on {host} {reason}",
+            remedy="stop that program, or change [listen] in server.toml (devices need the new address too)",
+        ) from None

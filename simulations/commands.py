@@ -1,0 +1,66 @@
+"""``fieldfleet simulate``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from fl_core.contracts import checkpoint as checkpoints
+from fl_core.contracts.cli import Subparsers, command, emit
+from fl_core.contracts.progress import Progress
+from fl_core.learning.sources import data_option, open_data
+
+
+def add_commands(subparsers: Subparsers) -> None:
+    parser = command(subparsers, "simulate", run_simulate, help="run a federation on this machine")
+    parser.add_argument("application", metavar="APP")
+    parser.add_argument(
+        "--from", dest="start", type=Path, metavar="CKPT", help="start from this checkpoint (default: a fresh model)"
+    )
+    data_option(parser)
+    parser.add_argument("--rounds", type=int, required=True, metavar="N")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="run folder; an interrupted run is taken up"
+    )
+
+
+def run_simulate(args: argparse.Namespace) -> int:
+    from fl_server.federation import read_federation
+    from fl_server.history import RoundRecord, check_applied
+    from simulations.simulate import simulate
+
+    federation = read_federation(args)
+    app, config, start = federation.application, federation.config, federation.start
+    found = open_data(app, config, args.data, seed=args.seed)
+    with Progress(f"simulate {app.name}", args.rounds) as bar:
+
+        def on_round(record: RoundRecord) -> None:
+            metric = (record.held_out or record.evaluation).get(app.primary_metric)
+            shown = f" {app.primary_metric} {metric:.3f}" if metric is not None else ""
+            bar.update(record.round, f"loss {record.loss if record.loss is not None else float('nan'):.4f}{shown}")
+
+        result = simulate(
+            app, config, found.raw, start=start, num_rounds=args.rounds, seed=args.seed, out=args.out, on_round=on_round
+        )
+    manifest = checkpoints.load(result.final).manifest
+    document = {
+        "application": app.name,
+        "checkpoint": str(result.final),
+        "model_sha256": manifest.model_sha256,
+        "data": found.origin,
+        "rounds": len(result.history),
+        "clients": list(result.clients),
+        "held_out": list(result.held_out),
+        "metrics": manifest.metrics,
+        "history": [asdict(r) for r in result.history],
+    }
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in manifest.metrics.items())
+    emit(
+        args,
+        document,
+        f"{result.final}: {len(result.history)} rounds over {len(result.clients)} {app.client_term}s; "
+        f"on {len(result.held_out)} held-out {app.client_term}s: {shown or 'not evaluated'}",
+    )
+    check_applied(result.history)
+    return 0

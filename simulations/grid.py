@@ -1,0 +1,73 @@
+"""A Flower Grid whose clients live in this process: any Flower strategy and our round engine run over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from flwr.app import Message
+
+from fl_core.flower import adapter
+from fl_core.flower.grid import StreamGrid
+
+Handler = Callable[[Message], Message]
+FIRST_NODE = 1_000_000
+SERVER_NODE = 1
+
+
+class InProcessGrid(StreamGrid):
+    """clients: name -> handler of Flower messages. A client runs when its reply is waited for, one after the other.
+
+    ``adapter.assume_identity`` is process-wide: one grid at a time creates messages.
+    """
+
+    def __init__(self, clients: Mapping[str, Handler]) -> None:
+        self._handlers = {FIRST_NODE + i: clients[name] for i, name in enumerate(sorted(clients))}
+        self._names = {FIRST_NODE + i: name for i, name in enumerate(sorted(clients))}
+        self._run = adapter.empty_run(1)
+        self._sent: dict[str, Message] = {}
+        self._replies: dict[str, Message] = {}
+        self._count = 0
+        adapter.assume_identity(run_id=1, task_id=1, node_id=SERVER_NODE)
+
+    def set_run(self, run: adapter.Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> adapter.Run:
+        return self._run
+
+    def get_node_ids(self) -> list[int]:
+        return list(self._names)
+
+    def device_names(self) -> Mapping[int, str]:
+        return self._names
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            self._count += 1
+            message_id = f"message-{self._count}"
+            adapter.set_message_id(message, message_id)
+            self._sent[message_id] = message
+            ids.append(message_id)
+        return ids
+
+    def wait_ready(self, message_ids: set[str], timeout: float) -> set[str]:
+        """Runs the next client; a client in this process is never late."""
+        ready = message_ids & self._replies.keys()
+        if ready:
+            return ready
+        for message_id, message in self._sent.items():
+            if message_id in message_ids:
+                self._replies[message_id] = self._handlers[message.metadata.dst_node_id](message)
+                del self._sent[message_id]
+                return {message_id}
+        return set()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        for message_id in message_ids:
+            self._sent.pop(message_id, None)
+            self._replies.pop(message_id, None)
