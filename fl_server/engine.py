@@ -33,7 +33,7 @@ from fl_core.learning.averaging import ModelAverage
 from fl_core.storage import atomic
 from fl_server.history import History, RoundRecord, weighted_mean
 from fl_server.screening import read_reply, screen_update
-from fl_server.selection import select
+from fl_server.selection import Selector, UniformSelector
 
 log = logging.getLogger(__name__)
 KEEP_ROUNDS = 3
@@ -43,7 +43,7 @@ STATE_NAME = "aggregator.safetensors"
 class RoundEngine:
     """``run()`` goes from ``start`` to the checkpoint ``out/final``; an interrupted ``out`` is taken up where it stood.
 
-    on_round: called with each finished RoundRecord. evaluate_global(arrays) -> metrics: the server's own evaluation.
+    on_round: called with each finished RoundRecord. selector: who is asked (default: uniformly). evaluate_global(arrays) -> metrics: the server's own evaluation.
     """
 
     def __init__(
@@ -60,11 +60,13 @@ class RoundEngine:
         stage: str,
         on_round: Callable[[RoundRecord], None] | None = None,
         evaluate_global: Callable[[Arrays], dict[str, float]] | None = None,
+        selector: Selector | None = None,
     ) -> None:
         self.grid, self.application, self.config = grid, application, config
         self.start, self.num_rounds, self.seed, self.out, self.stage = start, num_rounds, seed, out, stage
         self.on_round, self.evaluate_global = on_round, evaluate_global
         self.settings = config.algorithm
+        self.selector = selector or UniformSelector(seed)
         self.aggregator = build_algorithm(config.algorithm).aggregator
         self.average = ModelAverage(self.settings.average_last, num_rounds)
         self.arrays: Arrays = initial
@@ -89,7 +91,8 @@ class RoundEngine:
         if len(nodes) < self.settings.min_clients:
             self.grid.wait_devices(self.settings.min_clients, self.settings.deadline_s)
             nodes = {name: node for node, name in self.grid.device_names().items()}
-        chosen = select(tuple(nodes), self.settings.clients_per_round, seed=self.seed, round=number)
+        choice = self.selector.choose(tuple(nodes), self.settings.clients_per_round, round=number)
+        chosen, record.skipped = choice.chosen, dict(choice.skipped)
         state = self.aggregator.begin(number, self.arrays)
         request = self._request(number)
 

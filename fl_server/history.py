@@ -14,7 +14,8 @@ FILE_NAME = "history.jsonl"
 
 @dataclass
 class RoundRecord:
-    """clients: device -> metrics of its training reply; refused: device -> reason; late: no reply before the deadline.
+    """clients: device -> metrics of its training reply; refused: device -> reason; late: no reply before the deadline;
+    skipped: not asked, for a reason of the selection policy.
 
     ``evaluation``: example-weighted means over the clients' validation data; ``held_out``: the server's own evaluation.
     """
@@ -24,6 +25,7 @@ class RoundRecord:
     num_examples: dict[str, int] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     late: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
     applied: bool = False
     loss: float | None = None
     evaluation: dict[str, float] = field(default_factory=dict)

@@ -18,7 +18,7 @@ from fl_core.contracts.errors import EnvironmentFault, FieldfleetError, InputErr
 from fl_core.learning.application import Application, application
 from fl_core.learning.examples import RawData
 from fl_core.runtime.golden import golden_check
-from fl_core.runtime.machine import return_memory_early
+from fl_core.runtime.machine import release_library_pages, return_memory_early
 from fl_core.runtime.session import Session, SessionOptions, run_application
 
 LOG = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ class InferenceEngine:
         config = app.configure_from(manifest.config, origin=f"{bundle.folder}/manifest.json")
         session = Session(bundle.model_file(target), self._options)
         golden_check(bundle, target, session=session)
+        release_library_pages()
         return Loaded(bundle, target, app, config, session)
 
     def _roll_back(self, failed: tuple[str, int], reason: FieldfleetError) -> tuple[str, int] | None:

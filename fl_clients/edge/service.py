@@ -20,6 +20,7 @@ from fl_clients.edge.oip.tensors import datatype, decode_inputs, fill_contents, 
 from fl_core.contracts.errors import EnvironmentFault, FieldfleetError, InputError
 from fl_core.contracts.names import DEFAULT_GRPC_PORT, is_loopback
 from fl_core.learning.application import TensorSpec
+from fl_core.runtime.machine import release_library_pages
 
 LOG = logging.getLogger(__name__)
 SERVER_NAME = "fieldfleet"
@@ -137,6 +138,7 @@ def serve(
     if not is_loopback(host):
         LOG.warning("gRPC: %s is open to the network, without encryption or authentication", address)
     server.start()
+    release_library_pages()
     return Server(server, host, bound)
 
 

@@ -52,3 +52,43 @@ def return_memory_early() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         for option, value in ((-1, 128 << 10), (-3, 64 << 10), (-8, 1)):
             mallopt(option, value)
+
+
+def release_library_pages(smaps: Path = Path("/proc/self/smaps")) -> int:
+    """Give back the pages of shared libraries that only their loading touched; returns how many bytes those were.
+
+    Loading runs through most of a library once, and a kernel maps the neighbours of each page touched: of onnxruntime
+    and grpc some 20 MB stay resident that inference never uses. Only unwritable private mappings without a changed
+    page are given up: what is needed comes back from the page cache (madvise(2), MADV_DONTNEED). Elsewhere than on
+    Linux it does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return 0
+    released = 0
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        for start, end, resident in _clean_library_mappings(smaps.read_text(encoding="utf-8", errors="replace")):
+            if resident and madvise(start, end - start, 4) == 0:  # MADV_DONTNEED of sys/mman.h
+                released += resident
+    return released
+
+
+def _clean_library_mappings(smaps: str) -> list[tuple[int, int, int]]:
+    """(start, end, resident bytes) of each mapping of a .so file that is private, unwritable and unchanged (proc(5))."""
+    found: list[tuple[int, int, int]] = []
+    facts: dict[str, int] = {}
+    span: tuple[int, int] | None = None
+    for line in [*smaps.splitlines(), "0-0 end"]:
+        first, _, rest = line.partition(" ")
+        if first.endswith(":"):
+            value = rest.split()
+            facts[first] = int(value[0]) if value and value[0].isdigit() else 0
+            continue
+        if span is not None and not facts.get("Anonymous:", 1) and not facts.get("Private_Dirty:", 1):
+            found.append((*span, facts.get("Rss:", 0) * 1024))
+        fields, facts, span = rest.split(maxsplit=4), {}, None
+        if len(fields) == 5 and fields[0] in ("r-xp", "r--p") and ".so" in Path(fields[4]).name:
+            low, _, high = first.partition("-")
+            span = (int(low, 16), int(high, 16))
+    return found

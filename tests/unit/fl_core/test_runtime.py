@@ -203,6 +203,41 @@ def test_memory_is_read_and_trimming_is_harmless() -> None:
     assert isinstance(machine.cpu_flags(), tuple)
 
 
+SMAPS = """\
+7f00-8f00 r-xp 00000000 00:01 7 /usr/lib/libone.so.1
+Rss:                  12 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+9f00-af00 r--p 00000000 00:01 7 /usr/lib/libone.so.1
+Rss:                   8 kB
+Private_Dirty:         8 kB
+Anonymous:             8 kB
+bf00-cf00 rw-p 00000000 00:01 7 /usr/lib/libone.so.1
+Rss:                   4 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+df00-ef00 r--p 00000000 00:00 0 [vvar]
+Rss:                   4 kB
+Private_Dirty:         0 kB
+Anonymous:             0 kB
+"""
+
+
+def test_only_unchanged_library_pages_are_given_up(tmp_path: Path) -> None:
+    assert machine._clean_library_mappings(SMAPS) == [(0x7F00, 0x8F00, 12 * 1024)]
+    missing = tmp_path / "smaps"
+    assert machine.release_library_pages(missing) == 0
+
+
+def test_libraries_still_work_after_their_pages_were_given_up(tmp_path: Path) -> None:
+    linear_model(tmp_path / "m.onnx", np.ones(8))
+    session = Session(tmp_path / "m.onnx")
+    before = session.run(features(4))
+    assert machine.release_library_pages() > 1 << 20
+    for name, value in session.run(features(4)).items():
+        np.testing.assert_array_equal(value, before[name])
+
+
 def reread(folder: Path):  # type: ignore[no-untyped-def]
     from fl_core.contracts.manifests import BundleManifest, read_manifest
 

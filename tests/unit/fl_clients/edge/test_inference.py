@@ -175,6 +175,7 @@ from fl_clients.edge.service import serve
 server = serve(engine, port=0)
 import subprocess
 subprocess.run([sys.executable, "-c", sys.argv[2], str(server.port)], check=True)
+engine.infer(app.generate(app.configure(), 0))
 print(before >> 20, resident_bytes() - before >> 20)
 server.stop()
 print([m for m in ("torch", "flwr", "tuf", "rich", "onnx", "matplotlib") if m in sys.modules])
