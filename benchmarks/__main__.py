@@ -14,14 +14,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     parser.add_argument("names", nargs="*", help="which ones (default: all)")
     parser.add_argument("--quick", action="store_true", help="the smallest useful run of each")
-    args = parser.parse_args()
+    args, options = parser.parse_known_args()
+    if options and len(args.names) != 1:
+        parser.error(f"{' '.join(options)}: options of one benchmark need its name, and only that one")
     known = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_"))
     unknown = set(args.names) - set(known)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     for name in args.names or known:
         print(f"== {name}", flush=True)
-        importlib.import_module(f"benchmarks.{name}").main(["--quick"] if args.quick else [])
+        importlib.import_module(f"benchmarks.{name}").main([*(["--quick"] if args.quick else []), *options])
     return 0
 
 
