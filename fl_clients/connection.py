@@ -1,6 +1,7 @@
-"""One keep-alive HTTPS connection from a device to its server: verified TLS, signed headers, bounded answers.
+"""How a device reaches its server: the Transport, and its first kind, one keep-alive HTTPS connection.
 
-Standard library and cryptography only, so that a device that never trains can use it too.
+HTTPS: verified TLS, signed headers, bounded answers. Standard library and cryptography only, so that a device that
+never trains can use it too.
 """
 
 from __future__ import annotations
@@ -12,14 +13,18 @@ import socket
 import ssl
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fl_core.contracts.errors import FieldfleetError, InputError, IntegrityError, RefusedError
 from fl_core.contracts.names import DEFAULT_SERVER_PORT, checked_name
 from fl_core.identity.keys import PrivateKey
 from fl_core.identity.signature import HeaderSigner
+
+if TYPE_CHECKING:
+    from fl_clients.edge.settings import AgentHome, AgentSettings
 
 WELCOME_PATH = "/fieldfleet/v1/welcome"
 WELCOME_LIMIT = 1 << 20
@@ -54,8 +59,72 @@ class Answer:
         return "".join(c for c in text if c.isprintable())[:300] or f"HTTP status {self.status}"
 
 
+class Response(Protocol):
+    """An answer that is still arriving; ``read`` and ``read1`` are those of a binary file."""
+
+    @property
+    def status(self) -> int: ...
+
+    def read(self, amount: int, /) -> bytes: ...
+
+    def read1(self, amount: int, /) -> bytes: ...
+
+    def getheaders(self) -> list[tuple[str, str]]: ...
+
+
+class Transport(Protocol):
+    """Requests of one thread to the server, however they travel; ``interrupt`` may be called from any thread."""
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def signer(self) -> HeaderSigner: ...
+
+    def request(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes] = b"",
+        *,
+        limit: int,
+        timeout: float = 30.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Raises Unreachable, CertificateRefused, or IntegrityError for an answer of more than ``limit`` bytes."""
+        ...
+
+    def stream(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes] = b"",
+        *,
+        timeout: float = 30.0,
+        headers: Mapping[str, str] | None = None,
+    ) -> AbstractContextManager[Response]:
+        """The answer to read at one's own pace; what the block raises ends the request. Errors as ``request``.
+
+        A ``body`` of several parts needs a content-length header.
+        """
+        ...
+
+    def interrupt(self) -> None:
+        """Make a request that waits in another thread fail at once."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what is held; a later request opens it again."""
+        ...
+
+
+def open_transport(home: AgentHome, settings: AgentSettings, key: PrivateKey) -> Transport:
+    """The way to the server that agent.toml chooses. Raises InputError for a wrong address or a missing CA file."""
+    return ServerConnection(settings.server.url, home.ca_file, key)
+
+
 class ServerConnection:
-    """Requests of one thread; ``interrupt`` may be called from any other. Raises InputError for a malformed URL."""
+    """The Transport over HTTPS: requests of one thread; ``interrupt`` may be called from any other. Raises InputError for a malformed URL."""
 
     def __init__(self, url: str, ca: Path, key: PrivateKey) -> None:
         parts = urllib.parse.urlsplit(url if "://" in url else f"https://{url}")
@@ -83,7 +152,6 @@ class ServerConnection:
         timeout: float = 30.0,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Raises Unreachable, CertificateRefused, or IntegrityError for an answer of more than ``limit`` bytes."""
         with self.stream(method, path, body, timeout=timeout, headers=headers) as response:
             data = response.read(limit + 1)
             if len(data) > limit:
@@ -100,10 +168,6 @@ class ServerConnection:
         timeout: float = 30.0,
         headers: Mapping[str, str] | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
-        """The answer to read at one's own pace; what the block raises ends the connection. Errors as ``request``.
-
-        A ``body`` of several parts needs a content-length header.
-        """
         try:
             connection = self._open(timeout)
             connection.request(method, path, body, {**self.signer.headers(), **(headers or {})})
@@ -128,7 +192,6 @@ class ServerConnection:
             raise
 
     def interrupt(self) -> None:
-        """Make a request that waits in another thread fail at once."""
         connection = self._http
         if connection is not None and connection.sock is not None:
             with contextlib.suppress(OSError):
@@ -165,7 +228,7 @@ class Welcome:
     time: float
 
 
-def welcome(connection: ServerConnection) -> Welcome:
+def welcome(connection: Transport) -> Welcome:
     """Ask the server who this device is. Raises Unregistered (with the remedy), CertificateRefused or Unreachable."""
     answer = connection.request("POST", WELCOME_PATH, b"", limit=WELCOME_LIMIT)
     if answer.status == 401:

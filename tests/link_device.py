@@ -8,8 +8,10 @@ import sys
 import threading
 from pathlib import Path
 
+from fl_clients.connection import ServerConnection
 from fl_clients.training.link import FleetLink
 from fl_core.contracts.errors import FieldfleetError
+from fl_core.identity.keys import load_private_key
 
 
 def main() -> int:
@@ -21,7 +23,8 @@ def main() -> int:
         print(json.dumps([event, facts]), flush=True)
 
     try:
-        FleetLink(url, Path(ca), Path(key), Path(home), worker, on_event=tell, poll_seconds=20).run(stop)
+        connection = ServerConnection(url, Path(ca), load_private_key(Path(key)))
+        FleetLink(connection, Path(home), worker, on_event=tell, poll_seconds=20).run(stop)
     except FieldfleetError as error:
         print(f"fieldfleet: {error}", file=sys.stderr)
         return int(error.exit_code)

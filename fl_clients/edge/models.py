@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fl_clients.connection import ServerConnection
+from fl_clients.connection import open_transport
 from fl_clients.edge.inference import InferenceEngine, Loaded
 from fl_clients.edge.settings import AgentHome, AgentSettings
 from fl_clients.edge.summary import summarize
@@ -49,7 +49,7 @@ class Models:
                 remedy="name the application whose model this device runs",
             )
         if pinned_root(self.home) is None:  # nothing had been published at the first contact
-            connection = ServerConnection(self.settings.server.url, self.home.ca_file, self.key)
+            connection = open_transport(self.home, self.settings, self.key)
             try:
                 enter(self.home, connection)
             finally:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_clients.connection import ServerConnection
+from fl_clients.connection import open_transport
 from fl_clients.edge import duties
 from fl_clients.edge.duties import JobDesk, Schedule, reply_body
 from fl_clients.edge.field_link import FieldLink
@@ -61,7 +61,7 @@ class Agent:
     def __init__(self, home: AgentHome, settings: AgentSettings, options: RunOptions) -> None:
         self.home, self.settings, self.options = home, settings, options
         self.key = load_private_key(home.key_file)
-        connection = ServerConnection(settings.server.url, home.ca_file, self.key)
+        connection = open_transport(home, settings, self.key)
         welcome = enter(home, connection).welcome
         connection.close()
         self.name, self.fleet = welcome.name, welcome.fleet
@@ -240,9 +240,7 @@ class Agent:
         module = importlib.import_module("fl_clients.training.link")
         try:
             link = module.FleetLink(
-                self.settings.server.url,
-                self.home.ca_file,
-                self.key,
+                open_transport(self.home, self.settings, self.key),
                 self.home.fleet,
                 worker_command(self.name, self.options.data, self.settings.device.application),
                 self.wake,

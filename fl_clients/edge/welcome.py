@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fl_clients.connection import ServerConnection, Unreachable, Welcome, parse_welcome, welcome
+from fl_clients.connection import Transport, Unreachable, Welcome, parse_welcome, welcome
 from fl_clients.edge.settings import AgentHome
 from fl_core.contracts.errors import IntegrityError, RefusedError
 from fl_core.storage import atomic
@@ -26,7 +26,7 @@ class Contact:
     fresh: bool
 
 
-def enter(home: AgentHome, connection: ServerConnection) -> Contact:
+def enter(home: AgentHome, connection: Transport) -> Contact:
     """Ask the server; without an answer, go on with what it said last time: a device must start without its network.
 
     Raises Unregistered or CertificateRefused (both exit 4, with a remedy), and RefusedError when the server cannot be

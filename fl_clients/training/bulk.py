@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fl_clients.connection import Answer, ServerConnection, Unreachable
+from fl_clients.connection import Answer, Transport, Unreachable
 from fl_core.contracts.errors import IntegrityError
 from fl_core.flower import wire
 from fl_core.flower.records import RecordReader, packed, packed_size
@@ -24,7 +24,7 @@ class ObjectGone(Exception):
 
 
 def receive(
-    connection: ServerConnection, path: str, body: bytes, *, timeout: float, headers: dict[str, str]
+    connection: Transport, path: str, body: bytes, *, timeout: float, headers: dict[str, str]
 ) -> Answer | Received | None:
     """(envelope, objects by id) of the next message, None when there is none, or the server's refusal.
 
@@ -49,7 +49,7 @@ def receive(
         return envelope, _objects(records, ids, connection.url)
 
 
-def push(connection: ServerConnection, envelope: bytes, reply: wire.WireReply, *, headers: dict[str, str]) -> Answer:
+def push(connection: Transport, envelope: bytes, reply: wire.WireReply, *, headers: dict[str, str]) -> Answer:
     """Raises NotOffered or Unreachable."""
     parts = [envelope, *reply.objects.values()]
     head = {**headers, "content-length": str(packed_size(parts))}

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 
-from fl_clients.connection import Answer, ServerConnection, Unreachable, Unregistered
+from fl_clients.connection import Answer, Transport, Unreachable, Unregistered
 from fl_clients.training import bulk
 from fl_core.contracts.errors import IntegrityError
 from fl_core.flower import wire
@@ -52,7 +52,7 @@ class FleetClient:
 
     Raises Unreachable (try later), Unregistered (401: join again), Gone (drop it) or IntegrityError."""
 
-    def __init__(self, connection: ServerConnection, *, bulk: bool = True) -> None:
+    def __init__(self, connection: Transport, *, bulk: bool = True) -> None:
         self.connection, self.bulk, self.node = connection, bulk, wire.Node(node_id=0)
 
     def activate(self, node_id: int) -> None:

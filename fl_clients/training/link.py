@@ -15,13 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_clients.connection import CertificateRefused, ServerConnection, Unreachable, Unregistered, Welcome, welcome
+from fl_clients.connection import CertificateRefused, Transport, Unreachable, Unregistered, Welcome, welcome
 from fl_clients.training.fleet import FleetClient, Gone, Instruction
 from fl_clients.training.outbox import Outbox
 from fl_clients.training.worker_process import Stopped, WorkerFailed, WorkerProcess
 from fl_core.contracts.errors import IntegrityError
 from fl_core.flower import wire
-from fl_core.identity.keys import PrivateKey, load_private_key
 
 log = logging.getLogger(__name__)
 OnEvent = Callable[[str, Mapping[str, Any]], None]
@@ -34,7 +33,7 @@ ROUTINE = ("message", "reply")
 class FleetLink:
     """One device's link to its server.
 
-    server_url, ca, key: where the server is, whom to trust, who we are (a key or its file).
+    connection: the way to the server, for this link alone.
     home: a folder of its own (``outbox/``). worker_command: the command line of the worker process.
     wake: set by someone who knows of new messages sooner (MQTT); while ``wake_ready()`` the link waits for it and asks
       the server only every ``poll_seconds``; otherwise it holds a long poll of that length.
@@ -43,9 +42,7 @@ class FleetLink:
 
     def __init__(
         self,
-        server_url: str,
-        ca: Path,
-        key: PrivateKey | Path,
+        connection: Transport,
         home: Path,
         worker_command: Sequence[str],
         wake: threading.Event | None = None,
@@ -55,8 +52,7 @@ class FleetLink:
         poll_seconds: float = 60.0,
         idle_seconds: float = 300.0,
     ) -> None:
-        private = load_private_key(key) if isinstance(key, Path) else key
-        self.connection = ServerConnection(server_url, ca, private)
+        self.connection = connection
         self.client = FleetClient(self.connection)
         self.outbox = Outbox(home / "outbox")
         self.worker = WorkerProcess(worker_command, idle_seconds=idle_seconds)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flwr.app import MessageType
 
+from fl_clients.connection import ServerConnection
 from fl_clients.training.link import FleetLink
 from fl_clients.training.worker_process import WorkerProcess
 from fl_core.flower.messages import Reply
@@ -39,9 +40,7 @@ class Link:
         worker = [sys.executable, str(ROOT / "tests" / "echo_worker.py"), str(folder / "switches"), name]
         self.events: list[str] = []
         self.link = FleetLink(
-            superlink.url,
-            superlink.home.ca_file,
-            folder / "device.key",
+            ServerConnection(superlink.url, superlink.home.ca_file, key),
             folder / "fleet",
             worker,
             on_event=lambda event, facts: self.events.append(event),
