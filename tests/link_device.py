@@ -10,7 +10,6 @@ from pathlib import Path
 
 from fl_clients.connection import ServerConnection
 from fl_clients.training.link import FleetLink
-from fl_core.contracts.errors import FieldfleetError
 from fl_core.identity.keys import load_private_key
 
 
@@ -22,12 +21,8 @@ def main() -> int:
     def tell(event: str, facts: object) -> None:
         print(json.dumps([event, facts]), flush=True)
 
-    try:
-        connection = ServerConnection(url, Path(ca), load_private_key(Path(key)))
-        FleetLink(connection, Path(home), worker, on_event=tell, poll_seconds=20).run(stop)
-    except FieldfleetError as error:
-        print(f"fieldfleet: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    connection = ServerConnection(url, Path(ca), load_private_key(Path(key)))
+    FleetLink(connection, Path(home), worker, on_event=tell, poll_seconds=20).run(stop)
     return 0
 
 

@@ -22,24 +22,31 @@ Facts = Callable[[], dict[str, Any]]
 class FieldLink:
     """Every method may be called on a device without MQTT; then nothing is sent and nothing arrives.
 
-    facts() -> what a birth says of this device. changed() is called when the connection comes and goes.
+    Nobody is connected before the first ``enter``. facts() -> what a birth says of this device. changed() is called when the connection comes and goes.
     """
 
-    def __init__(
-        self, home: AgentHome, welcome: Welcome, settings: MqttSettings, facts: Facts, changed: Callable[[], None]
-    ) -> None:
-        self.name, self.fleet = welcome.name, welcome.fleet
+    def __init__(self, home: AgentHome, settings: MqttSettings, facts: Facts, changed: Callable[[], None]) -> None:
+        self.name, self.fleet = "", ""
         self.boot = home.next_boot()
         self.store = DeviceStore(home.store_file)
-        self._facts, self._changed = facts, changed
+        self.session: MqttSession | None = None
+        self._home, self._settings, self._facts, self._changed = home, settings, facts, changed
+        self._entered: tuple[Any, ...] = ()
         self._announcing = threading.Lock()
-        self.session = self._session(home, welcome, settings)
 
     @property
     def connected(self) -> bool:
         return self.session is not None and self.session.connected
 
-    def start(self) -> None:
+    def enter(self, welcome: Welcome) -> None:
+        """Connect as who the server says we are; anew where the name, the fleet, the broker or the account changed."""
+        identity = (welcome.name, welcome.fleet, welcome.mqtt)
+        if identity == self._entered:
+            return
+        self.stop()
+        self.ring()  # who receives on the old session turns to the new one
+        self.name, self.fleet, self._entered = welcome.name, welcome.fleet, identity
+        self.session = self._session(self._home, welcome, self._settings)
         if self.session is not None:
             self.session.start()
 

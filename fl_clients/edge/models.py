@@ -15,7 +15,7 @@ from fl_clients.edge.inference import InferenceEngine, Loaded
 from fl_clients.edge.settings import AgentHome, AgentSettings
 from fl_clients.edge.summary import summarize
 from fl_clients.edge.updater import update
-from fl_clients.edge.welcome import enter, pinned_root, root_file, stored_welcome
+from fl_clients.edge.welcome import enter_or_remember, pinned_root, root_file, stored_welcome
 from fl_core.contracts.errors import EnvironmentFault, InputError
 from fl_core.identity.keys import PrivateKey
 from fl_core.learning.examples import RawData
@@ -51,7 +51,7 @@ class Models:
         if pinned_root(self.home) is None:  # nothing had been published at the first contact
             connection = open_transport(self.home, self.settings, self.key)
             try:
-                enter(self.home, connection)
+                enter_or_remember(self.home, connection)
             finally:
                 connection.close()
         found = stored_welcome(self.home)

@@ -21,22 +21,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_clients.connection import open_transport
+from fl_clients.connection import Welcome, open_transport
 from fl_clients.edge import duties
+from fl_clients.edge.contact import ContactKeeper
 from fl_clients.edge.duties import JobDesk, Schedule, reply_body
 from fl_clients.edge.field_link import FieldLink
 from fl_clients.edge.models import Models, NothingPublished
 from fl_clients.edge.settings import AgentHome, AgentSettings
-from fl_clients.edge.welcome import enter
+from fl_clients.edge.welcome import enter, enter_or_remember, stored_welcome
 from fl_core.contracts.errors import EnvironmentFault, FieldfleetError
 from fl_core.identity.keys import load_private_key
 from fl_core.link import topics
+from fl_core.link.backoff import Backoff
 from fl_core.link.envelope import Envelope
 
 LOG = logging.getLogger(__name__)
 TICK_S = 5.0
 JOIN_S = 5.0
 CONNECT_S = 10.0
+FIRST_RETRY_S = 30.0
 TELEMETRY = "telemetry"
 TRAINING_PACKAGES = ("torch", "flwr")
 
@@ -55,16 +58,14 @@ class RunOptions:
 class Agent:
     """run() until SIGTERM or SIGINT, or one update and one inference with ``options.once``; then close().
 
-    Raises Unregistered (exit 4, with the remedy) when the server does not know this device.
+    Only what is wrong on this device ends it: a server that is away or refuses is asked again, and meanwhile the
+    installed model runs. With ``once``, run() raises RefusedError (Unregistered: with the remedy) instead.
     """
 
     def __init__(self, home: AgentHome, settings: AgentSettings, options: RunOptions) -> None:
         self.home, self.settings, self.options = home, settings, options
         self.key = load_private_key(home.key_file)
-        connection = open_transport(home, settings, self.key)
-        welcome = enter(home, connection).welcome
-        connection.close()
-        self.name, self.fleet = welcome.name, welcome.fleet
+        self.connection = open_transport(home, settings, self.key)
         self.stop, self.wake = threading.Event(), threading.Event()
         self.started = time.monotonic()
         self.training = "off"
@@ -76,8 +77,26 @@ class Agent:
         self._threads: list[threading.Thread] = []
         self.models = Models(home, settings, self.key, options.data)
         # A ring may have been missed while the connection was down: the fleet link then asks for itself.
-        self.link = FieldLink(home, welcome, settings.mqtt, self.facts, self.wake.set)
+        self.link = FieldLink(home, settings.mqtt, self.facts, self.wake.set)
         self.desk = JobDesk(self.link.finished)
+        self.keeper = ContactKeeper(
+            lambda: enter(home, self.connection),
+            welcomed=self._welcomed,
+            changed=self.link.announce,
+            complete=lambda: self.link.session is None or self.link.connected,
+        )
+        self._begun = False
+        self._schedule = self._duties()
+        self._update_backoff = Backoff(FIRST_RETRY_S, settings.intervals.update_s)
+
+    @property
+    def name(self) -> str:
+        """As registered; empty before the first welcome."""
+        return self.link.name
+
+    @property
+    def fleet(self) -> str:
+        return self.link.fleet
 
     # life
 
@@ -91,14 +110,13 @@ class Agent:
         if self.options.serve_port is not None:
             self.grpc_port = self.models.serve(self.settings.grpc.host, self.options.serve_port)
             LOG.info("agent: gRPC on %s:%d", self.settings.grpc.host, self.grpc_port)
-        self.link.start()
         if self.options.once:
             self._once()
         else:
             self._thread("agent-tasks", self._work)
-            self._tasks.put((duties.UPDATE, ""))
-            if self.options.train:
-                self._start_training()
+            if (known := stored_welcome(self.home)) is not None:  # a device starts without its network, too
+                self._welcomed(known)
+            self._thread("agent-contact", lambda: self.keeper.run(self.stop))
             self._loop()
         self._end()
         wanted = duties.INFER if self.options.infer else duties.UPDATE
@@ -109,40 +127,69 @@ class Agent:
         """Safe in a signal handler and from any thread."""
         self.stop.set()
         self.link.ring()
+        self.keeper.ring()
 
     def close(self) -> None:
         self.link.close()
+        self.connection.close()
 
     def _once(self) -> None:
+        self.link.enter(enter_or_remember(self.home, self.connection))
         if self.link.session is not None:
             self.link.session.wait_connected(CONNECT_S)
         for kind in (duties.UPDATE, *([duties.INFER] if self.options.infer else [])):
             self._perform(kind)
 
-    def _loop(self) -> None:
+    def _welcomed(self, found: Welcome) -> None:
+        """Who we are, from the last run or from the server."""
+        self.link.enter(found)
+        if not self._begun:
+            self._begun = True
+            self._tasks.put((duties.UPDATE, ""))
+            if self.options.train:
+                self._start_training()
+        elif duties.UPDATE in self.errors:  # it may have failed because the server was away
+            self._tasks.put((duties.UPDATE, ""))
+
+    def _duties(self) -> Schedule:
         intervals = self.settings.intervals
-        schedule = Schedule(
+        return Schedule(
             {
                 duties.UPDATE: intervals.update_s,
                 duties.INFER: intervals.infer_s if self.options.infer else 0.0,
-                TELEMETRY: intervals.telemetry_s if self.link.session is not None else 0.0,
+                TELEMETRY: intervals.telemetry_s if self.settings.mqtt.enabled else 0.0,
             }
         )
+
+    def _loop(self) -> None:
+        schedule = self._schedule
         schedule.start(time.monotonic())
         while not self.stop.is_set():
             wait = schedule.seconds_left(time.monotonic(), at_most=TICK_S)
             if self.link.session is None:
                 self.stop.wait(wait)
             elif (message := self.link.receive(wait)) is not None:
-                self._take(*message)
+                self._guarded(self._take, *message)
             for duty in schedule.take_due(time.monotonic()):
                 if duty == TELEMETRY:
-                    self.link.report(TELEMETRY, self.facts(), droppable=True)
+                    self._guarded(self._tell_telemetry)
                 else:
                     self._tasks.put((duty, ""))
 
+    def _tell_telemetry(self) -> None:
+        self.link.report(TELEMETRY, self.facts(), droppable=True)
+
+    @staticmethod
+    def _guarded(step: Callable[..., None], *arguments: Any) -> None:
+        try:
+            step(*arguments)
+        except Exception:  # a full disk under the outbox, say
+            LOG.exception("agent: a message was not dealt with")
+
     def _end(self) -> None:
         self.stop.set()
+        self.keeper.ring()
+        self.connection.interrupt()
         self._tasks.put(None)
         for thread in self._threads:
             thread.join(JOIN_S)
@@ -183,15 +230,31 @@ class Agent:
     def _work(self) -> None:
         """Updates and inference, one after the other, beside the loop that answers commands."""
         while (task := self._tasks.get()) is not None and not self.stop.is_set():
-            kind, job_id = task
-            body = self._perform(kind)
-            if job_id and not self.stop.is_set():  # else it stays open, and is run when it is sent again
-                self.link.finish(job_id, kind, body)
-                self.desk.done(job_id)
-            # a model that has not been run here yet, whether the update brought it now or before a restart
-            if kind == duties.UPDATE and self.options.infer and self._version() not in (None, self.inferred_version):
-                self.inferred_version = self._version()
-                self._tasks.put((duties.INFER, ""))
+            try:
+                self._do(*task)
+            except Exception:  # a full disk under the outbox, say: the job stays open, and the server repeats it
+                LOG.exception("agent: %s", task[0])
+                self.desk.done(task[1])
+
+    def _do(self, kind: str, job_id: str) -> None:
+        body = self._perform(kind)
+        if kind == duties.UPDATE:
+            self._plan_retry()
+        if job_id and not self.stop.is_set():  # else it stays open, and is run when it is sent again
+            self.link.finish(job_id, kind, body)
+            self.desk.done(job_id)
+        # a model that has not been run here yet, whether the update brought it now or before a restart
+        if kind == duties.UPDATE and self.options.infer and self._version() not in (None, self.inferred_version):
+            self.inferred_version = self._version()
+            self._tasks.put((duties.INFER, ""))
+
+    def _plan_retry(self) -> None:
+        """An update that failed is not put off until the next regular check."""
+        error = self.errors.get(duties.UPDATE)
+        if error is None or isinstance(error, NothingPublished):
+            self._update_backoff.reset()
+        else:
+            self._schedule.hasten(duties.UPDATE, time.monotonic() + self._update_backoff.next())
 
     def _version(self) -> int | None:
         model = self.models.current()
@@ -247,12 +310,16 @@ class Agent:
                 self._on_fleet_event,
                 wake_ready=lambda: self.link.connected,
             )
-            link.run(self.stop)
         except FieldfleetError as error:
-            LOG.error("agent: training ended: %s", error)
-            self._on_fleet_event("refused", {})
+            LOG.error("agent: no training: %s", error)
+            return
+        link.run(self.stop)
 
-    def _on_fleet_event(self, event: str, _facts: Mapping[str, Any]) -> None:
+    def _on_fleet_event(self, event: str, facts: Mapping[str, Any]) -> None:
+        if event == "joined":
+            self.keeper.ring_if_not_ok()
+        elif event in ("away", "refused"):
+            self.keeper.note("away" if event == "away" else "refused", str(facts.get("reason", "")))
         if event in ("joined", "away", "refused") and event != self.training:
             self.training = event
             self.link.announce()
@@ -267,6 +334,7 @@ class Agent:
             "roles": {"train": self.training, "infer": self.options.infer, "serve": self.grpc_port},
             "model": self.models.current(),
             "inference": self.last_inference,
+            "contact": self.keeper.contact.facts(),
             "failures": {kind: error.message[:500] for kind, error in self.errors.items()},
             "outbox": {"waiting": waiting, "dropped": dropped},
             "uptime_s": round(time.monotonic() - self.started, 1),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from fl_clients.connection import Transport, Unreachable, Welcome, parse_welcome, welcome
@@ -18,22 +17,25 @@ WELCOME_LIMIT = 1 << 20
 CLOCK_TOLERANCE_S = 60.0
 
 
-@dataclass(frozen=True)
-class Contact:
-    """``fresh`` is False when the server did not answer and the stored welcome is used."""
+def enter(home: AgentHome, connection: Transport) -> Welcome:
+    """Ask the server who we are, and keep its answer.
 
-    welcome: Welcome
-    fresh: bool
+    Raises Unreachable, Unregistered or CertificateRefused (both exit 4, with a remedy), RefusedError or IntegrityError.
+    """
+    found = welcome(connection)
+    drift = time.time() - found.time
+    if abs(drift) > CLOCK_TOLERANCE_S:
+        LOG.warning("this device's clock is %.0f s %s the server's", abs(drift), "ahead of" if drift > 0 else "behind")
+    return _keep(home, found)
 
 
-def enter(home: AgentHome, connection: Transport) -> Contact:
-    """Ask the server; without an answer, go on with what it said last time: a device must start without its network.
+def enter_or_remember(home: AgentHome, connection: Transport) -> Welcome:
+    """Without an answer, what the server said last time: a device must start without its network.
 
-    Raises Unregistered or CertificateRefused (both exit 4, with a remedy), and RefusedError when the server cannot be
-    reached and never was.
+    Raises RefusedError when the server cannot be reached and never was; else as ``enter``.
     """
     try:
-        found = welcome(connection)
+        return enter(home, connection)
     except Unreachable as error:
         stored = stored_welcome(home)
         if stored is None:
@@ -41,11 +43,7 @@ def enter(home: AgentHome, connection: Transport) -> Contact:
                 f"no answer from the server: {error}", remedy="is it running, and its port open?"
             ) from None
         LOG.warning("no answer from the server, starting from the last welcome: %s", error)
-        return Contact(stored, False)
-    drift = time.time() - found.time
-    if abs(drift) > CLOCK_TOLERANCE_S:
-        LOG.warning("this device's clock is %.0f s %s the server's", abs(drift), "ahead of" if drift > 0 else "behind")
-    return Contact(_keep(home, found), True)
+        return stored
 
 
 def stored_welcome(home: AgentHome) -> Welcome | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +18,14 @@ from fl_clients.connection import CertificateRefused, Transport, Unreachable, Un
 from fl_clients.training.fleet import FleetClient, Gone, Instruction
 from fl_clients.training.outbox import Outbox
 from fl_clients.training.worker_process import Stopped, WorkerFailed, WorkerProcess
-from fl_core.contracts.errors import IntegrityError
+from fl_core.contracts.errors import IntegrityError, RefusedError
 from fl_core.flower import wire
+from fl_core.link.backoff import Backoff
 
 log = logging.getLogger(__name__)
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 FIRST_BACKOFF, LAST_BACKOFF = 0.2, 30.0
-REFUSED_BACKOFF = 60.0
+FIRST_REFUSED_BACKOFF, LAST_REFUSED_BACKOFF = 2.0, 60.0
 HEARTBEAT_TICK = 20.0
 ROUTINE = ("message", "reply")
 
@@ -62,10 +62,11 @@ class FleetLink:
         self._stop = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
-        """Serve until ``stop`` is set. Raises RefusedError when the first contact is refused; later it keeps trying."""
+        """Serve until ``stop`` is set; whatever the server does, it is asked again."""
         self._stop = stop
         threading.Thread(target=self._interrupt_on_stop, name="fleet-link-stop", daemon=True).start()
-        failures, joined = 0, False
+        away, refused = Backoff(FIRST_BACKOFF, LAST_BACKOFF), Backoff(FIRST_REFUSED_BACKOFF, LAST_REFUSED_BACKOFF)
+        joined = False
         try:
             while not stop.is_set():
                 try:
@@ -73,24 +74,26 @@ class FleetLink:
                         self._join()
                     joined = True
                     self._step()
-                    failures = 0
-                except (Unregistered, CertificateRefused) as error:
-                    if self.welcome is None and not stop.is_set():
-                        raise
-                    self._tell("refused", reason=error.message)
-                    if not joined:  # the welcome itself was refused: only an operator can change that
-                        self._pause(REFUSED_BACKOFF)
+                    away.reset()
+                    refused.reset()
+                except RefusedError as error:  # only an operator can change that
+                    self._tell("refused", reason=str(error).replace("\n  remedy: ", "; "))
+                    if not joined:
+                        stop.wait(refused.next())
                     joined = False
-                except (Unreachable, Gone, IntegrityError) as error:
-                    joined = (
-                        False  # whatever it was: join again, hand in what lies in the outbox, ask for what was lost
-                    )
-                    if not stop.is_set() and not failures:
+                except (Unreachable, Gone, IntegrityError, OSError) as error:
+                    # whatever it was: join again, hand in what lies in the outbox, ask for what was lost
+                    joined = False
+                    if not stop.is_set() and not away.attempts:
                         self._tell("away", reason=str(error))
-                    self._pause(min(FIRST_BACKOFF * 2**failures, LAST_BACKOFF))
-                    failures = min(failures + 1, 10)
+                    stop.wait(away.next())
                 except Stopped:
                     break
+                except Exception as error:  # the federation of this device must not end with one bad day
+                    log.exception("fleet link")
+                    joined = False
+                    self._tell("away", reason=f"unexpected failure: {type(error).__name__}: {error}")
+                    stop.wait(refused.next())
         finally:
             self.worker.kill()  # it holds nothing that is not in the outbox or asked for again
             self._leave()
@@ -168,9 +171,6 @@ class FleetLink:
             with contextlib.suppress(Unreachable, Unregistered, CertificateRefused, Gone, IntegrityError):
                 self.client.deactivate()
         self.connection.close()
-
-    def _pause(self, seconds: float) -> None:
-        self._stop.wait(seconds * random.uniform(0.5, 1.5))
 
     def _tell(self, event: str, **facts: Any) -> None:
         log.log(logging.DEBUG if event in ROUTINE else logging.INFO, "fleet link: %s", event, extra={"facts": facts})

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -143,23 +144,35 @@ def test_a_worker_that_cannot_start_is_an_error_reply(superlink: SuperLink, tmp_
         device.stop()
 
 
-def test_an_unregistered_device_is_refused_with_the_remedy(superlink: SuperLink, tmp_path: Path) -> None:
-    device = DeviceProcess(superlink.url, superlink.home.ca_file, tmp_path, "stranger").start()
-    assert device.process is not None
-    assert device.process.wait(20) == 4
-    assert "not registered" in device.log()
-    assert "server register" in device.log()
-    assert "Traceback" not in device.log()
-    device.stop()
+def test_an_unregistered_device_keeps_asking_and_joins_when_it_is_registered(
+    superlink: SuperLink, tmp_path: Path
+) -> None:
+    with unattended(DeviceProcess(superlink.url, superlink.home.ca_file, tmp_path, "stranger")) as device:
+        reason = device.wait_event("refused", 60)["reason"]
+        assert "not registered" in reason
+        assert "server register" in reason
+        superlink.registry.register("stranger", keys.public_pem(device.key))
+        assert device.wait_event("joined", 60)["name"] == "stranger"
+        assert "Traceback" not in device.log()
+    superlink.registry.revoke("stranger")
 
 
 def test_a_server_of_another_authority_is_refused(superlink: SuperLink, tmp_path: Path) -> None:
     ca.create_ca(tmp_path / "other", "other")
-    device = DeviceProcess(superlink.url, tmp_path / "other" / "ca.pem", tmp_path, "van-1").start()
+    with unattended(DeviceProcess(superlink.url, tmp_path / "other" / "ca.pem", tmp_path, "van-1")) as device:
+        assert "certificate was refused" in device.wait_event("refused", 60)["reason"]
+
+
+@contextmanager
+def unattended(device: DeviceProcess) -> Iterator[DeviceProcess]:
+    """Nothing that the server does may end it."""
+    device.start()
     assert device.process is not None
-    assert device.process.wait(20) == 4
-    assert "certificate was refused" in device.log()
-    device.stop()
+    try:
+        yield device
+        assert device.process.poll() is None, device.log()
+    finally:
+        device.stop()
 
 
 def test_the_server_goes_away_and_comes_back(tmp_path: Path) -> None:

@@ -187,9 +187,9 @@ def test_the_welcome_is_kept_private_and_the_root_pinned_for_ever(
     server, connection = Server(monkeypatch), None
     server.answer = Unreachable("down")
     with pytest.raises(RefusedError, match="down"):
-        contact.enter(home, connection)  # type: ignore[arg-type]
+        contact.enter_or_remember(home, connection)  # type: ignore[arg-type]
     server.answer = answered()
-    assert contact.enter(home, connection).fresh  # type: ignore[arg-type]
+    assert contact.enter(home, connection).name == "v"  # type: ignore[arg-type]
     assert contact.pinned_root(home) is None
     assert home.welcome_file.stat().st_mode & 0o077 == 0
     server.answer = answered(tuf_root="first")
@@ -198,12 +198,13 @@ def test_the_welcome_is_kept_private_and_the_root_pinned_for_ever(
     contact.enter(home, connection)  # type: ignore[arg-type]
     assert contact.pinned_root(home) == b"first"
     server.answer = Unreachable("down")
-    found = contact.enter(home, connection)  # type: ignore[arg-type]
-    assert (found.fresh, found.welcome.name) == (False, "v")
+    assert contact.enter_or_remember(home, connection).name == "v"  # type: ignore[arg-type]
+    with pytest.raises(Unreachable):
+        contact.enter(home, connection)  # type: ignore[arg-type]
     home.welcome_file.write_text("{")
     assert contact.stored_welcome(home) is None
     with pytest.raises(RefusedError):
-        contact.enter(home, connection)  # type: ignore[arg-type]
+        contact.enter_or_remember(home, connection)  # type: ignore[arg-type]
 
 
 def test_init_makes_a_whole_home_or_nothing(tmp_path: Path) -> None:
