@@ -7,7 +7,8 @@ import importlib.resources
 
 from fl_core.contracts.cli import Subparsers, command, emit
 from fl_core.contracts.config import to_table
-from fl_core.learning.application import application, known_applications
+from fl_core.contracts.installed import known_applications
+from fl_core.learning.application import application
 
 
 def add_commands(subparsers: Subparsers) -> None:

@@ -21,10 +21,18 @@ def add_commands(subparsers: Subparsers) -> None:
     init.add_argument("--server", required=True, metavar="URL", help="https://HOST:PORT of the federation server")
     init.add_argument("--ca", type=Path, required=True, metavar="FILE", help="the server's ca.pem")
     init.add_argument("--name", default="", help="a hint for the operator; the name given at registration counts")
-    init.add_argument("--application", default="", metavar="APP", help="the only application that may run here")
+    init.add_argument(
+        "--application", action="append", default=[], metavar="APP", help="that runs here; again for another one"
+    )
     run = command(inner, "run", run_agent, help="take part: train, update, infer, report", config=False)
     run.add_argument("home", type=Path, metavar="HOME")
-    run.add_argument("--data", metavar="DIR", help="this device's own data (default: as in agent.toml)")
+    run.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="[APP=]DIR",
+        help="this device's own data (default: as in agent.toml); with several applications, one folder in DIR for each",
+    )
     run.add_argument("--once", action="store_true", help="update and infer once, then end")
     run.add_argument("--serve", type=int, metavar="PORT", help="serve other programs on this device over gRPC")
     run.add_argument("--no-train", action="store_true", help="take no part in federations")
@@ -33,6 +41,7 @@ def add_commands(subparsers: Subparsers) -> None:
     status.add_argument("home", type=Path, metavar="HOME")
     back = command(inner, "roll-back", run_roll_back, help="return to the former model", config=False)
     back.add_argument("home", type=Path, metavar="HOME")
+    back.add_argument("--application", default="", metavar="APP", help="whose model (needed where there are several)")
 
 
 def run_init(args: argparse.Namespace) -> int:
@@ -51,15 +60,15 @@ def run_init(args: argparse.Namespace) -> int:
     ca.load_certificate(args.ca)
     if args.name:
         checked_name(args.name, "--name")
-    if args.application:
-        application(args.application)
+    for name in args.application:
+        application(name)
     with atomic.new_folder(args.home) as folder:
         folder.chmod(0o700)
         home = AgentHome(folder)
         key = keys.create_device_key(home.key_file)
         atomic.write_bytes(home.public_key_file, keys.public_pem(key))
         atomic.write_bytes(home.ca_file, args.ca.read_bytes())
-        text = settings_text(url=url, name=args.name, application=args.application)
+        text = settings_text(url=url, name=args.name, applications=args.application)
         (folder / SETTINGS_NAME).write_text(text, encoding="utf-8")
         home.settings()
         ServerConnection(url, home.ca_file, key).close()
@@ -76,6 +85,7 @@ def run_init(args: argparse.Namespace) -> int:
 
 
 def run_agent(args: argparse.Namespace) -> int:
+    from fl_clients.edge.layout import migrate
     from fl_clients.edge.settings import AgentHome
     from fl_clients.edge.shell import Agent, RunOptions
 
@@ -85,13 +95,14 @@ def run_agent(args: argparse.Namespace) -> int:
         raise InputError(f"--serve {args.serve}: not a port", remedy="accepted: 0 (any free one) to 65535")
     port = args.serve if args.serve is not None else (settings.grpc.port if settings.roles.serve else None)
     options = RunOptions(
-        data=home.data_folder(settings, args.data),
+        data=home.data_folders(settings, args.data),
         train=settings.roles.train and not args.no_train,
         infer=settings.roles.infer and not args.no_infer,
         serve_port=port,
         once=args.once,
     )
     with home.lock():
+        migrate(home, settings)
         agent = Agent(home, settings, options)
         try:
             agent.run()
@@ -103,10 +114,11 @@ def run_agent(args: argparse.Namespace) -> int:
 
 
 def _in_words(facts: dict[str, Any]) -> str:
-    model, inference = facts["model"], facts["inference"]
-    version = f"{model['application']} version {model['version']}" if model else "no model"
+    models = [model for model in facts["models"].values() if model]
+    versions = ", ".join(f"{model['application']} version {model['version']}" for model in models) or "no model"
+    inference = facts["inference"]
     done = f"; {inference['num_examples']} examples, {inference['latency_ms_p50']} ms each" if inference else ""
-    return f"{facts['name']}: {version}{done}"
+    return f"{facts['name']}: {versions}{done}"
 
 
 def run_status(args: argparse.Namespace) -> int:
@@ -116,25 +128,20 @@ def run_status(args: argparse.Namespace) -> int:
 
     home = AgentHome(args.home)
     settings, found = home.settings(), stored_welcome(home)
-    current = Slots(args.home).open_current()
+    models, predictions = {}, {}
+    for name in settings.device.names:
+        own = home.application(name)
+        models[name] = Slots(own.folder).facts()
+        predictions[name] = sorted(p.name for p in own.predictions.glob("*.csv"))
     document: dict[str, Any] = {
         "home": str(args.home),
         "server": settings.server.url,
         "name": found.name if found else None,
         "fleet": found.fleet if found else None,
-        "application": settings.device.application,
-        "model": None,
-        "predictions": sorted(p.name for p in home.predictions.glob("*.csv")),
+        "applications": list(settings.device.names),
+        "models": models,
+        "predictions": predictions,
     }
-    if current is not None:
-        bundle, target = current
-        manifest = bundle.manifest
-        document["model"] = {
-            "application": manifest.application,
-            "version": manifest.version,
-            "target": target,
-            "parent_sha256": manifest.parent_sha256,
-        }
     lines = [f"{key:12} {value if value not in (None, '') else '-'}" for key, value in document.items()]
     emit(args, document, "\n".join(lines))
     return 0
@@ -144,11 +151,17 @@ def run_roll_back(args: argparse.Namespace) -> int:
     from fl_clients.edge.settings import AgentHome
     from fl_clients.edge.slots import roll_back
 
-    AgentHome(args.home).settings()
-    state = roll_back(args.home)
+    home = AgentHome(args.home)
+    names = home.settings().device.names
+    if args.application not in names and (args.application or len(names) != 1):
+        raise InputError(
+            f"{args.home}: --application {args.application or 'is missing'}", remedy=f"one of: {', '.join(names)}"
+        )
+    name = args.application or names[0]
+    state = roll_back(home.application(name).folder)
     emit(
         args,
-        {"home": str(args.home), "version": state.version},
-        f"{args.home}: runs version {state.version} again; the agent picks it up at its next inference",
+        {"home": str(args.home), "application": name, "version": state.version},
+        f"{args.home}: {name} runs version {state.version} again; the agent picks it up at its next inference",
     )
     return 0

@@ -6,7 +6,7 @@ import functools
 import http.server
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from fl_core.contracts.bundle import GOLDEN_NAME, open_bundle
 from fl_core.contracts.config import to_table
 from fl_core.contracts.manifests import MANIFEST_NAME, BundleManifest, to_json
 from fl_core.delivery.publication import Publication, publish_bundle
-from fl_core.learning.application import application
+from fl_core.learning.application import Application, application
 from fl_core.runtime.golden import FP32, Golden, write_golden
 from fl_core.runtime.session import Session
 from fl_core.storage import atomic
@@ -33,11 +33,17 @@ def linear_model(path: Path, weights: np.ndarray[Any, Any], *, padding: int = 0)
     """features (N, F) -> value (N,): a product with ``weights``; ``padding`` bytes make the file larger."""
     product = helper.make_node("MatMul", ["features", "w"], ["value"])
     tensors = [numpy_helper.from_array(weights.astype(np.float32), "w")]
+    _write_model(path, [product], tensors, ("features", ["batch", len(weights)]), "value", padding=padding)
+
+
+def _write_model(
+    path: Path, nodes: list[Any], tensors: list[Any], entry: tuple[str, list[Any]], exit_: str, *, padding: int = 0
+) -> None:
     graph = helper.make_graph(
-        [product],
-        "linear",
-        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", len(weights)])],
-        [helper.make_tensor_value_info("value", TensorProto.FLOAT, ["batch"])],
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(entry[0], TensorProto.FLOAT, entry[1])],
+        [helper.make_tensor_value_info(exit_, TensorProto.FLOAT, ["batch"])],
         tensors,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
@@ -52,14 +58,55 @@ def toy_bundle(folder: Path, *, seed: int = 0, targets: tuple[str, ...] = (TARGE
     config = app.configure()
     rng = np.random.default_rng(seed)
     weights = rng.normal(size=config.data.features)
+    inputs = {"features": rng.normal(size=(4, config.data.features)).astype(np.float32)}
+    return _bundle(
+        folder,
+        app,
+        config,
+        inputs,
+        lambda path: linear_model(path, weights, padding=padding),
+        seed=seed,
+        targets=targets,
+    )
+
+
+def mean_bundle(folder: Path, name: str, *, seed: int = 0) -> Path:
+    """Of an application with one input and one number for each example: the input's mean, times a number of ``seed``."""
+    app = application(name)
+    config = app.configure()
+    (entry,), (exit_,) = app.inputs(config), app.outputs(config)
+    rng = np.random.default_rng(seed)
+    inputs = {entry.name: rng.normal(size=(4, *entry.shape[1:])).astype(np.float32)}
+
+    def model(path: Path) -> None:
+        axes = numpy_helper.from_array(np.arange(1, len(entry.shape), dtype=np.int64), "axes")
+        factor = numpy_helper.from_array(np.float32(1 + seed), "factor")
+        nodes = [
+            helper.make_node("ReduceMean", [entry.name, "axes"], ["mean"], keepdims=0),
+            helper.make_node("Mul", ["mean", "factor"], [exit_.name]),
+        ]
+        _write_model(path, nodes, [axes, factor], (entry.name, ["batch", *entry.shape[1:]]), exit_.name)
+
+    return _bundle(folder, app, config, inputs, model, seed=seed, targets=(TARGET,))
+
+
+def _bundle(
+    folder: Path,
+    app: Application,
+    config: Any,
+    inputs: dict[str, np.ndarray[Any, Any]],
+    write_model: Callable[[Path], None],
+    *,
+    seed: int,
+    targets: tuple[str, ...],
+) -> Path:
     with atomic.new_folder(folder) as work:
         for name in targets:
-            linear_model(work / f"model.{name}.onnx", weights, padding=padding)
-        inputs = {"features": rng.normal(size=(4, config.data.features)).astype(np.float32)}
+            write_model(work / f"model.{name}.onnx")
         outputs = Session(work / f"model.{targets[0]}.onnx").run(inputs)
         write_golden(work / GOLDEN_NAME, Golden(inputs, {FP32: outputs, **dict.fromkeys(targets, outputs)}))
         manifest = BundleManifest(
-            application=TOY,
+            application=app.name,
             config=to_table(config),
             version=0,
             parent_sha256=f"{seed:064x}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,26 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("FIELDFLEET_DATA
 class Field:
     """start() ... stop(): the server's part. ``running`` is the agent."""
 
-    def __init__(self, work: Path, *, mqtt: str = "embedded") -> None:
-        self.work = work
+    def __init__(self, work: Path, *, mqtt: str = "embedded", applications: Sequence[str] = (TOY,)) -> None:
+        self.work, self.applications = work, applications
         self.agent, self.data = work / "agent", work / "data"
         listen, settings = ListenSettings(port=free_port()), MqttSettings(mode=mqtt, port=free_port())
         self.home = create_home(work / "server", ServerSettings(fleet="test", listen=listen, mqtt=settings))
-        app = application(TOY)
-        raw = app.generate(app.configure(["data.clients=2"]), 0)
-        raw.select(list(raw.client_ids()[:1])).write(self.data)
+        for name in applications:
+            app = application(name)
+            raw = app.generate(app.configure(["data.clients=2"]), 0)
+            folder = self.data if len(applications) == 1 else self.data / name
+            raw.select(list(raw.client_ids()[:1])).write(folder)  # type: ignore[attr-defined]
         self.start()
-        options = ["--server", self.superlink.url, "--ca", self.home.ca_file, "--application", TOY, "--name", NAME]
-        made = fieldfleet("agent", "init", self.agent, *options)
+        options = ["--server", self.superlink.url, "--ca", self.home.ca_file, "--name", NAME]
+        chosen = [word for name in applications for word in ("--application", name)]
+        made = fieldfleet("agent", "init", self.agent, *options, *chosen)
         assert made.returncode == 0, made.stderr
         self.init_output = made.stdout
+
+    @property
+    def predictions(self) -> Path:
+        return self.agent / "applications" / TOY / "predictions"
 
     def start(self) -> None:
         self.superlink = SuperLink(self.home)
@@ -66,8 +73,8 @@ class Field:
     def device(self) -> dict[str, Any]:
         return next((d for d in self.bridge.devices() if d["name"] == NAME), {"alive": False, "state": {}})
 
-    def ask(self, kind: str, job_id: str = "", timeout: float = 60) -> dict[str, Any]:
-        reply = self.bridge.wait_reply(self.bridge.command(NAME, kind, job_id=job_id), timeout)
+    def ask(self, kind: str, job_id: str = "", timeout: float = 60, **body: Any) -> dict[str, Any]:
+        reply = self.bridge.wait_reply(self.bridge.command(NAME, kind, body, job_id=job_id), timeout)
         assert reply is not None, f"no reply to {kind}\n{self.log()}"
         return reply
 

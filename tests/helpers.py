@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fl_core.contracts.errors import FieldfleetError
-from fl_core.learning.application import Application, application, known_applications
+from fl_core.contracts.installed import known_applications
+from fl_core.learning.application import Application, application
 from fl_core.learning.examples import Examples
 
 ROOT = Path(__file__).resolve().parent.parent

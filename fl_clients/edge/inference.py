@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fl_clients.edge.slots import Slots
+from fl_clients.edge.slots import Slots, model_facts
 from fl_core.contracts.bundle import Bundle
 from fl_core.contracts.errors import EnvironmentFault, FieldfleetError, InputError
 from fl_core.learning.application import Application, application
@@ -42,14 +43,7 @@ class Loaded:
 
     def facts(self) -> dict[str, Any]:
         """What the device says of its model."""
-        manifest = self.bundle.manifest
-        return {
-            "application": manifest.application,
-            "version": manifest.version,
-            "parent_sha256": manifest.parent_sha256,
-            "target": self.target,
-            "precision": manifest.targets[self.target].get("precision"),
-        }
+        return model_facts(self.bundle.manifest, self.target)
 
 
 class InferenceEngine:
@@ -63,6 +57,7 @@ class InferenceEngine:
         self._identity: tuple[str, int] | None = None
         self._failure: tuple[tuple[str, int], FieldfleetError] | None = None
         self._loaded: Loaded | None = None
+        self._last_used = time.monotonic()
 
     @property
     def loaded(self) -> Loaded | None:
@@ -90,18 +85,28 @@ class InferenceEngine:
             self._identity, self._failure = identity, None
             return True
 
+    def unload_if_idle(self, seconds: float) -> bool:
+        """Let go of a model that was not asked for so long; the next question loads it again. True when it went."""
+        with self._lock:
+            if self._loaded is None or time.monotonic() - self._last_used < seconds:
+                return False
+            self._loaded = self._identity = None
+            return True
+
     def model(self) -> Loaded:
         """The model in use, loaded anew when the slot changed. Raises EnvironmentFault before the first update."""
+        self._last_used = time.monotonic()
         try:
             self.reload()
         except FieldfleetError:
             if self._loaded is None:
                 raise
-        if self._loaded is None:
+        loaded = self._loaded
+        if loaded is None:
             raise EnvironmentFault(
                 "no model is installed on this device", remedy="publish one, and let the agent update"
             )
-        return self._loaded
+        return loaded
 
     def infer(self, raw: RawData) -> dict[str, Array]:
         """Columns of all examples in ``raw``: those that identify an example, and what the application reads out.

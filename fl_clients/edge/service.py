@@ -44,17 +44,19 @@ class Refusal(Exception):
 class Service:
     """The protocol's methods: each takes a request message and gives the response message."""
 
-    def __init__(self, engine: InferenceEngine, *, max_batch: int = MAX_BATCH) -> None:
-        self._engine, self._max_batch = engine, max_batch
+    def __init__(self, engines: Mapping[str, InferenceEngine], *, max_batch: int = MAX_BATCH) -> None:
+        self._engines, self._max_batch = engines, max_batch
 
     def server_live(self, request: Any) -> Any:
         return RESPONSES["ServerLive"](live=True)
 
     def server_ready(self, request: Any) -> Any:
-        return RESPONSES["ServerReady"](ready=self._ready() is not None)
+        ready = [self._ready(engine) is not None for engine in self._engines.values()]
+        return RESPONSES["ServerReady"](ready=bool(ready) and all(ready))
 
     def model_ready(self, request: Any) -> Any:
-        model = self._ready()
+        engine = self._engines.get(request.name)
+        model = self._ready(engine) if engine is not None else None
         return RESPONSES["ModelReady"](ready=model is not None and _is_meant(model, request.name, request.version))
 
     def server_metadata(self, request: Any) -> Any:
@@ -74,24 +76,29 @@ class Service:
     def model_infer(self, request: Any) -> Any:
         self._find(request.model_name, request.model_version)
         arrays = decode_inputs(request.inputs, request.raw_input_contents, max_batch=self._max_batch)
-        model, outputs = self._engine.run(arrays)
+        model, outputs = self._engines[request.model_name].run(arrays)
         if not _is_meant(model, request.model_name, request.model_version):
             raise Refusal(grpc.StatusCode.UNAVAILABLE, "the model was replaced during the call: ask again")
         return _response(request, model, _wanted(request, outputs))
 
-    def _ready(self) -> Loaded | None:
+    @staticmethod
+    def _ready(engine: InferenceEngine) -> Loaded | None:
         try:
-            return self._engine.model()
+            return engine.model()
         except FieldfleetError:
-            return self._engine.loaded
+            return engine.loaded
 
     def _find(self, name: str, wanted: str) -> Loaded:
-        model = self._engine.model()
+        engine = self._engines.get(name)
+        if engine is None:
+            raise Refusal(
+                grpc.StatusCode.NOT_FOUND, f"no model {name!r}: this device has {', '.join(self._engines) or 'none'}"
+            )
+        model = engine.model()
         if not _is_meant(model, name, wanted):
             raise Refusal(
                 grpc.StatusCode.NOT_FOUND,
-                f"no model {name!r}{f' version {wanted}' if wanted else ''}: this device has "
-                f"{model.application.name!r} version {model.version}",
+                f"no model {name!r} version {wanted}: this device has version {model.version}",
             )
         return model
 
@@ -108,14 +115,14 @@ class Server:
 
 
 def serve(
-    engine: InferenceEngine,
+    engines: Mapping[str, InferenceEngine],
     *,
     host: str = LOOPBACK,
     port: int = DEFAULT_GRPC_PORT,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     max_batch: int = MAX_BATCH,
 ) -> Server:
-    """Start serving in background threads. Raises EnvironmentFault when the port cannot be bound."""
+    """Serve each application's model under its name, in background threads. Raises EnvironmentFault when the port cannot be bound."""
     options = [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
@@ -124,7 +131,7 @@ def serve(
     ]
     pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="open-inference")
     server = grpc.server(pool, options=options, maximum_concurrent_rpcs=MAX_CALLS)
-    server.add_generic_rpc_handlers((_handlers(Service(engine, max_batch=max_batch)),))
+    server.add_generic_rpc_handlers((_handlers(Service(engines, max_batch=max_batch)),))
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         bound = server.add_insecure_port(address)

@@ -3,8 +3,8 @@
 agent.toml     what the owner decides          keys/          device.key, device.pub: made here, never leave
 ca.pem         the server's authority          welcome.json   what the server said at the last contact (0600)
 boot           how often the agent started     outbox.db      MQTT messages and jobs
-slots/         the model bundles               predictions/   what the device computed; stays here
 fleet/         replies of the federation       data/          the device's own data, unless agent.toml says where
+applications/NAME/   slots/ the model bundles, update/ the updater's work, predictions/ what the device computed
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from fl_core.contracts import config
 from fl_core.contracts.errors import ConfigError, EnvironmentFault, InputError
@@ -38,13 +39,40 @@ class ServerSettings:
 @dataclass(frozen=True, kw_only=True)
 class DeviceSettings:
     name: str = config.text("", help="a hint for the operator; the registered name counts")
-    application: str = config.text("", help="the only application that runs here; empty = any installed one")
+    applications: tuple[str, ...] = config.sequence((), help="that run here; empty = train any installed one")
+    application: str = config.text("", help="the older form of a single one")
     channel: str = config.text("stable", help="of the signed repository")
     data: str = config.text("data", help="folder of this device's own data, relative to agent.toml")
 
     def __post_init__(self) -> None:
-        if not NAME_PATTERN.fullmatch(self.channel):
-            raise ConfigError(f"device.channel = {self.channel!r} is not usable as a name")
+        _usable(self.channel, "device.channel")
+        for name in self.names:
+            _usable(name, "device.applications")
+        if self.application and self.applications and self.application not in self.applications:
+            raise ConfigError(
+                "device.application and device.applications contradict each other", remedy="keep device.applications"
+            )
+        if len(set(self.applications)) != len(self.applications):
+            raise ConfigError("device.applications names one of them twice")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The applications that run here; empty: none infers, any installed one may train."""
+        return self.applications or ((self.application,) if self.application else ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplicationSettings:
+    """``[applications.NAME]``: what differs for one application. Empty = as in [device], or as the machine is."""
+
+    channel: str = config.text("", help="of the signed repository")
+    target: str = config.text("", help="edge target of its models")
+    data: str = config.text("", help="folder of its data, relative to agent.toml")
+
+    def __post_init__(self) -> None:
+        for key in ("channel", "target"):
+            if value := getattr(self, key):
+                _usable(value, key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +86,14 @@ class RoleSettings:
 class GrpcSettings:
     host: str = config.text("127.0.0.1", help="only programs on this device, by default")
     port: int = config.number(DEFAULT_GRPC_PORT, low=0, high=65_535)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferenceSettings:
+    idle_s: float = config.number(
+        300.0, low=0.0, high=30 * 86_400.0, help="a model leaves memory so long after its last use; 0 = never"
+    )
+    threads: int = config.number(1, low=1, high=256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +115,27 @@ class AgentSettings:
     server: ServerSettings
     device: DeviceSettings = field(default_factory=DeviceSettings)
     roles: RoleSettings = field(default_factory=RoleSettings)
+    inference: InferenceSettings = field(default_factory=InferenceSettings)
     grpc: GrpcSettings = field(default_factory=GrpcSettings)
     mqtt: MqttSettings = field(default_factory=MqttSettings)
     intervals: IntervalSettings = field(default_factory=IntervalSettings)
+    applications: Mapping[str, ApplicationSettings] = field(default_factory=dict)
+
+    def of(self, application: str) -> ApplicationSettings:
+        """Its own settings, with the device's channel where it names none."""
+        found = self.applications.get(application, ApplicationSettings())
+        return found if found.channel else replace(found, channel=self.device.channel)
+
+
+@dataclass(frozen=True)
+class ApplicationHome:
+    """Paths of one application inside HOME; the updater and the slots work in ``folder``."""
+
+    folder: Path
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / "predictions"
 
 
 @dataclass(frozen=True)
@@ -89,6 +143,9 @@ class AgentHome:
     """Paths inside HOME."""
 
     folder: Path
+
+    def application(self, name: str) -> ApplicationHome:
+        return ApplicationHome(self.folder / "applications" / name)
 
     @property
     def settings_file(self) -> Path:
@@ -115,20 +172,35 @@ class AgentHome:
         return self.folder / "outbox.db"
 
     @property
-    def predictions(self) -> Path:
-        return self.folder / "predictions"
-
-    @property
     def fleet(self) -> Path:
         return self.folder / "fleet"
 
-    def data_folder(self, settings: AgentSettings, option: str | None = None) -> Path:
-        """``--data``, else the settings' folder. Raises InputError for a ``--data`` that does not exist."""
-        if option:
-            if not Path(option).is_dir():
-                raise InputError(f"--data {option}: no such folder")
-            return Path(option)
-        return self.folder / Path(settings.device.data).expanduser()
+    def data_folders(self, settings: AgentSettings, options: Sequence[str] = ()) -> dict[str, Path]:
+        """Application -> folder of its data; "" is the folder of a device that names no application.
+
+        ``options``: of --data, a folder or NAME=FOLDER each; they come before agent.toml. A folder for several
+        applications holds one folder for each. Raises InputError for an option that is not right.
+        """
+        names, found = settings.device.names or ("",), dict[str, Path]()
+        common = self.folder / Path(settings.device.data).expanduser()
+        for option in options:
+            name, equals, rest = option.partition("=")
+            named = bool(equals) and name in names
+            folder = Path(rest if named else option)
+            if not folder.is_dir():
+                raise InputError(
+                    f"--data {option}: no such folder", remedy=f"or NAME=FOLDER with one of: {', '.join(names)}"
+                )
+            if named:
+                found[name] = folder
+            else:
+                common = folder
+        for name in names:
+            own = settings.of(name).data
+            if own and common == self.folder / Path(settings.device.data).expanduser():
+                found.setdefault(name, self.folder / Path(own).expanduser())
+            found.setdefault(name, common if len(names) == 1 else common / name)
+        return found
 
     def settings(self) -> AgentSettings:
         """Raises ConfigError naming the file and the key."""
@@ -142,7 +214,14 @@ class AgentHome:
         if "server" not in table:
             raise ConfigError(f"{origin}: section 'server' is missing", remedy='[server] url = "https://HOST:PORT"')
         try:
-            return config.parse(AgentSettings, table, origin=origin)
+            own = _application_settings(table.pop("applications", {}), origin)
+            found = replace(config.parse(AgentSettings, table, origin=origin), applications=own)
+            if odd := sorted(set(own) - set(found.device.names)):
+                raise ConfigError(
+                    f"{origin}: [applications.{odd[0]}] is for no application of this device",
+                    remedy=f"device.applications: {', '.join(found.device.names) or 'empty'}",
+                )
+            return found
         except ConfigError as error:
             if error.message.startswith(origin):
                 raise
@@ -176,6 +255,20 @@ class AgentHome:
             os.close(handle)
 
 
+def _application_settings(table: Any, origin: str) -> dict[str, ApplicationSettings]:
+    if not isinstance(table, dict) or not all(isinstance(own, dict) for own in table.values()):
+        raise ConfigError(f"{origin}: 'applications' must hold sections", remedy="write [applications.NAME]")
+    return {
+        name: config.parse(ApplicationSettings, own, origin=origin, prefix=f"applications.{name}.")
+        for name, own in table.items()
+    }
+
+
+def _usable(name: str, key: str) -> None:
+    if not NAME_PATTERN.fullmatch(name):
+        raise ConfigError(f"{key} = {name!r} is not usable as a name")
+
+
 TEMPLATE = """\
 # This device's own settings. The server cannot change them.
 [server]
@@ -183,14 +276,20 @@ url = {url}
 
 [device]
 name = {name}
-application = {application}  # the only application that runs here; "" = any installed one
+applications = {applications}  # that run here; [] = train any installed one, infer none
 channel = "stable"
-data = "data"  # folder of this device's own data; relative to this file
+data = "data"  # folder of this device's own data; relative to this file; with several applications, one folder in it for each
+
+# [applications.NAME]  # what differs for one of them: channel, target, data
 
 [roles]
 train = true   # where torch and flwr are installed
 infer = true
 serve = false  # gRPC for other programs on this device
+
+[inference]
+idle_s = 300.0  # a model leaves memory so long after its last use; 0 = never
+threads = 1
 
 [grpc]
 host = "127.0.0.1"
@@ -208,6 +307,6 @@ telemetry_s = 300.0
 """
 
 
-def settings_text(*, url: str, name: str, application: str) -> str:
-    quoted = {key: json.dumps(value) for key, value in {"url": url, "name": name, "application": application}.items()}
+def settings_text(*, url: str, name: str, applications: Sequence[str]) -> str:
+    quoted = {"url": json.dumps(url), "name": json.dumps(name), "applications": json.dumps(list(applications))}
     return TEMPLATE.format(**quoted, grpc_port=DEFAULT_GRPC_PORT)

@@ -1,17 +1,13 @@
-"""The agent: a thin loop between MQTT, the federation's link, the updater and the inference engine.
+"""The agent: a thin loop between MQTT, the server, the applications' models and the federation.
 
-This process stays small: it imports neither torch, flwr, tuf nor rich, and grpc only where serving is switched on;
-updates and training run in processes of their own. Decisions are in ``duties``, model work in ``models``, MQTT in
-``field_link``.
+This process stays small: it imports neither numpy, onnxruntime, torch, flwr, tuf, grpc nor rich; updates, inference and
+training run in processes of their own. Decisions are in ``duties``, jobs in ``work``, the server in ``contact``, MQTT in
+``field_link``, federations in ``training``.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import importlib.util
 import logging
-import queue
 import signal
 import sys
 import threading
@@ -23,17 +19,21 @@ from typing import Any
 
 from fl_clients.connection import Welcome, open_transport
 from fl_clients.edge import duties
+from fl_clients.edge.capabilities import capabilities
 from fl_clients.edge.contact import ContactKeeper
 from fl_clients.edge.duties import JobDesk, Schedule, reply_body
 from fl_clients.edge.field_link import FieldLink
 from fl_clients.edge.models import Models, NothingPublished
 from fl_clients.edge.settings import AgentHome, AgentSettings
+from fl_clients.edge.training import Training, worker_command
 from fl_clients.edge.welcome import enter, enter_or_remember, stored_welcome
-from fl_core.contracts.errors import EnvironmentFault, FieldfleetError
+from fl_clients.edge.work import Task, Work
+from fl_core.contracts.errors import InputError
 from fl_core.identity.keys import load_private_key
 from fl_core.link import topics
 from fl_core.link.backoff import Backoff
 from fl_core.link.envelope import Envelope
+from fl_core.runtime.machine import release_library_pages, resident_bytes
 
 LOG = logging.getLogger(__name__)
 TICK_S = 5.0
@@ -41,14 +41,13 @@ JOIN_S = 5.0
 CONNECT_S = 10.0
 FIRST_RETRY_S = 30.0
 TELEMETRY = "telemetry"
-TRAINING_PACKAGES = ("torch", "flwr")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """What the command line lays over agent.toml."""
+    """What the command line lays over agent.toml. data: application -> folder, see AgentHome.data_folders."""
 
-    data: Path
+    data: Mapping[str, Path]
     train: bool
     infer: bool
     serve_port: int | None = None
@@ -59,7 +58,7 @@ class Agent:
     """run() until SIGTERM or SIGINT, or one update and one inference with ``options.once``; then close().
 
     Only what is wrong on this device ends it: a server that is away or refuses is asked again, and meanwhile the
-    installed model runs. With ``once``, run() raises RefusedError (Unregistered: with the remedy) instead.
+    installed models run. With ``once``, run() raises RefusedError (Unregistered: with the remedy) instead.
     """
 
     def __init__(self, home: AgentHome, settings: AgentSettings, options: RunOptions) -> None:
@@ -68,14 +67,14 @@ class Agent:
         self.connection = open_transport(home, settings, self.key)
         self.stop, self.wake = threading.Event(), threading.Event()
         self.started = time.monotonic()
-        self.training = "off"
         self.grpc_port: int | None = None
-        self.last_inference: dict[str, Any] | None = None
-        self.inferred_version: int | None = None
-        self.errors: dict[str, FieldfleetError] = {}
-        self._tasks: queue.SimpleQueue[tuple[str, str] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self.models = Models(home, settings, self.key, options.data)
+        self.work = Work(self.models, self, infer_new=options.infer and not options.once, stopping=self.stop.is_set)
+        self.training = Training(self._on_fleet_event)
+        self.capabilities = capabilities(
+            settings, train=options.train, infer=options.infer, serve=options.serve_port is not None
+        )
         # A ring may have been missed while the connection was down: the fleet link then asks for itself.
         self.link = FieldLink(home, settings.mqtt, self.facts, self.wake.set)
         self.desk = JobDesk(self.link.finished)
@@ -105,23 +104,24 @@ class Agent:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda _number, _frame: self.request_stop())
-        with contextlib.suppress(FieldfleetError):  # an unusable model is the updater's to replace
-            self.models.engine.reload()
         if self.options.serve_port is not None:
             self.grpc_port = self.models.serve(self.settings.grpc.host, self.options.serve_port)
             LOG.info("agent: gRPC on %s:%d", self.settings.grpc.host, self.grpc_port)
-        if self.options.once:
-            self._once()
-        else:
-            self._thread("agent-tasks", self._work)
-            if (known := stored_welcome(self.home)) is not None:  # a device starts without its network, too
-                self._welcomed(known)
-            self._thread("agent-contact", lambda: self.keeper.run(self.stop))
-            self._loop()
-        self._end()
+        try:
+            if self.options.once:
+                self._once()
+            else:
+                self._thread("agent-work", self.work.run)
+                if (known := stored_welcome(self.home)) is not None:  # a device starts without its network, too
+                    self._welcomed(known)
+                self._thread("agent-contact", lambda: self.keeper.run(self.stop))
+                release_library_pages()
+                self._loop()
+        finally:
+            self._end()
         wanted = duties.INFER if self.options.infer else duties.UPDATE
-        if self.options.once and wanted in self.errors:
-            raise self.errors[wanted]
+        if self.options.once and (error := self.work.error_of(wanted)) is not None:
+            raise error
 
     def request_stop(self) -> None:
         """Safe in a signal handler and from any thread."""
@@ -138,18 +138,28 @@ class Agent:
         if self.link.session is not None:
             self.link.session.wait_connected(CONNECT_S)
         for kind in (duties.UPDATE, *([duties.INFER] if self.options.infer else [])):
-            self._perform(kind)
+            self.work.perform(kind)
 
     def _welcomed(self, found: Welcome) -> None:
         """Who we are, from the last run or from the server."""
         self.link.enter(found)
         if not self._begun:
             self._begun = True
-            self._tasks.put((duties.UPDATE, ""))
-            if self.options.train:
-                self._start_training()
-        elif duties.UPDATE in self.errors:  # it may have failed because the server was away
-            self._tasks.put((duties.UPDATE, ""))
+            self.work.put(Task(duties.UPDATE))
+            if self.options.train and self.training.possible():
+                self._thread("agent-fleet", self._train)
+        elif self.work.error_of(duties.UPDATE) is not None:  # it may have failed because the server was away
+            self.work.put(Task(duties.UPDATE))
+
+    def _train(self) -> None:
+        self.training.run(
+            open_transport(self.home, self.settings, self.key),
+            self.home.fleet,
+            worker_command(self.name, self.options.data),
+            wake=self.wake,
+            wake_ready=lambda: self.link.connected,
+            stop=self.stop,
+        )
 
     def _duties(self) -> Schedule:
         intervals = self.settings.intervals
@@ -170,11 +180,12 @@ class Agent:
                 self.stop.wait(wait)
             elif (message := self.link.receive(wait)) is not None:
                 self._guarded(self._take, *message)
+            self._guarded(self.models.tick)
             for duty in schedule.take_due(time.monotonic()):
                 if duty == TELEMETRY:
                     self._guarded(self._tell_telemetry)
                 else:
-                    self._tasks.put((duty, ""))
+                    self.work.put(Task(duty))
 
     def _tell_telemetry(self) -> None:
         self.link.report(TELEMETRY, self.facts(), droppable=True)
@@ -184,13 +195,13 @@ class Agent:
         try:
             step(*arguments)
         except Exception:  # a full disk under the outbox, say
-            LOG.exception("agent: a message was not dealt with")
+            LOG.exception("agent: a step failed")
 
     def _end(self) -> None:
         self.stop.set()
         self.keeper.ring()
         self.connection.interrupt()
-        self._tasks.put(None)
+        self.work.end()
         for thread in self._threads:
             thread.join(JOIN_S)
         self.models.close()
@@ -205,7 +216,7 @@ class Agent:
 
     def _take(self, kind: str, message: Envelope) -> None:
         if kind == topics.DESIRED:
-            self._tasks.put((duties.UPDATE, ""))
+            self.work.put(Task(duties.UPDATE))
             return
         step = self.desk.decide(message)
         if step == "ring":
@@ -213,115 +224,60 @@ class Agent:
         elif step == "repeat":
             self.link.repeat(message.id)
         elif step == "refuse":
-            self._finish(message, reply_body(ok=False, error=f"unknown command {message.type!r}"))
+            self._finish(message.id, message.type, reply_body(ok=False, error=f"unknown command {message.type!r}"))
         elif step == "run" and message.type == duties.PING:
-            self._finish(message, reply_body(ok=True, time=time.time(), boot=self.link.boot))
+            self._finish(message.id, message.type, reply_body(ok=True, time=time.time(), boot=self.link.boot))
         elif step == "run" and message.type == duties.REPORT:
-            self._finish(message, reply_body(ok=True, **self.facts()))
+            self._finish(message.id, message.type, reply_body(ok=True, **self.facts()))
         elif step == "run":
-            self._tasks.put((message.type, message.id))
+            self._begin_job(message)
 
-    def _finish(self, command: Envelope, body: dict[str, Any]) -> None:
-        self.link.finish(command.id, command.type, body)
-        self.desk.done(command.id)
+    def _begin_job(self, message: Envelope) -> None:
+        application = message.body.get("application", "")
+        try:
+            self.models.chosen(application if isinstance(application, str) else repr(application))
+        except InputError as error:
+            self._finish(message.id, message.type, reply_body(ok=False, error=str(error)[:500]))
+            return
+        self.work.put(Task(message.type, message.id, application))
 
-    # work
-
-    def _work(self) -> None:
-        """Updates and inference, one after the other, beside the loop that answers commands."""
-        while (task := self._tasks.get()) is not None and not self.stop.is_set():
-            try:
-                self._do(*task)
-            except Exception:  # a full disk under the outbox, say: the job stays open, and the server repeats it
-                LOG.exception("agent: %s", task[0])
-                self.desk.done(task[1])
-
-    def _do(self, kind: str, job_id: str) -> None:
-        body = self._perform(kind)
-        if kind == duties.UPDATE:
-            self._plan_retry()
-        if job_id and not self.stop.is_set():  # else it stays open, and is run when it is sent again
+    def _finish(self, job_id: str, kind: str, body: dict[str, Any]) -> None:
+        try:
             self.link.finish(job_id, kind, body)
+        finally:
             self.desk.done(job_id)
-        # a model that has not been run here yet, whether the update brought it now or before a restart
-        if kind == duties.UPDATE and self.options.infer and self._version() not in (None, self.inferred_version):
-            self.inferred_version = self._version()
-            self._tasks.put((duties.INFER, ""))
+
+    # what the work tells
+
+    def done(self, task: Task, body: dict[str, Any]) -> None:
+        if task.kind == duties.UPDATE:
+            self._plan_retry()
+        if task.job_id and not self.stop.is_set():  # else it stays open, and is run when it is sent again
+            self._finish(task.job_id, task.kind, body)
+
+    def changed(self) -> None:
+        self.link.announce()
+
+    def inferred(self, report: dict[str, Any]) -> None:
+        self.link.report("inference", report)
+        self.link.announce()
 
     def _plan_retry(self) -> None:
         """An update that failed is not put off until the next regular check."""
-        error = self.errors.get(duties.UPDATE)
-        if error is None or isinstance(error, NothingPublished):
+        error = self.work.error_of(duties.UPDATE)
+        if error is None or isinstance(error, (NothingPublished, InputError)):
             self._update_backoff.reset()
         else:
             self._schedule.hasten(duties.UPDATE, time.monotonic() + self._update_backoff.next())
 
-    def _version(self) -> int | None:
-        model = self.models.current()
-        return None if model is None else int(model["version"])
-
-    def _perform(self, kind: str) -> dict[str, Any]:
-        """The reply's body. Errors are reported, kept in ``errors``, and end with the next success."""
-        try:
-            body = reply_body(ok=True, **(self._update() if kind == duties.UPDATE else self._infer()))
-            self.errors.pop(kind, None)
-            return body
-        except FieldfleetError as error:
-            LOG.log(
-                logging.INFO if isinstance(error, NothingPublished) else logging.ERROR, "agent: %s: %s", kind, error
-            )
-            self.errors[kind] = error
-        except Exception as error:
-            LOG.exception("agent: %s", kind)
-            self.errors[kind] = EnvironmentFault(f"{kind}: unexpected failure: {type(error).__name__}: {error}")
-        return reply_body(ok=False, error=self.errors[kind].message[:500])
-
-    def _update(self) -> dict[str, Any]:
-        changed = self.models.update()
-        if changed:
-            self.link.announce()
-        return {"changed": changed, "model": self.models.current()}
-
-    def _infer(self) -> dict[str, Any]:
-        self.last_inference = self.models.infer()
-        self.inferred_version = self._version()
-        self.link.report("inference", self.last_inference)
-        self.link.announce()
-        return self.last_inference
-
-    # training
-
-    def _start_training(self) -> None:
-        missing = [name for name in TRAINING_PACKAGES if importlib.util.find_spec(name) is None]
-        if missing:
-            LOG.info("agent: no training here, %s is not installed", missing[0])
-            return
-        self._thread("agent-fleet", self._train)
-
-    def _train(self) -> None:
-        # By name: the torch-free half never imports the training half.
-        module = importlib.import_module("fl_clients.training.link")
-        try:
-            link = module.FleetLink(
-                open_transport(self.home, self.settings, self.key),
-                self.home.fleet,
-                worker_command(self.name, self.options.data, self.settings.device.application),
-                self.wake,
-                self._on_fleet_event,
-                wake_ready=lambda: self.link.connected,
-            )
-        except FieldfleetError as error:
-            LOG.error("agent: no training: %s", error)
-            return
-        link.run(self.stop)
+    # what the fleet link tells
 
     def _on_fleet_event(self, event: str, facts: Mapping[str, Any]) -> None:
         if event == "joined":
             self.keeper.ring_if_not_ok()
         elif event in ("away", "refused"):
             self.keeper.note("away" if event == "away" else "refused", str(facts.get("reason", "")))
-        if event in ("joined", "away", "refused") and event != self.training:
-            self.training = event
+        if event in ("joined", "away", "refused"):
             self.link.announce()
 
     # facts
@@ -329,33 +285,19 @@ class Agent:
     def facts(self) -> dict[str, Any]:
         """What the server may know of this device: never data, scores or paths."""
         waiting, dropped = self.link.store.depth()
+        models = self.models.currents()
         return {
-            "application": self.settings.device.application,
-            "roles": {"train": self.training, "infer": self.options.infer, "serve": self.grpc_port},
-            "model": self.models.current(),
-            "inference": self.last_inference,
+            "applications": list(models),
+            "capabilities": self.capabilities,
+            "roles": {"train": self.training.state, "infer": self.options.infer, "serve": self.grpc_port},
+            "model": next((facts for facts in models.values() if facts is not None), None),
+            "models": models,
+            "inference": self.work.last_inference,
             "contact": self.keeper.contact.facts(),
-            "failures": {kind: error.message[:500] for kind, error in self.errors.items()},
+            "failures": self.work.failures(),
             "outbox": {"waiting": waiting, "dropped": dropped},
             "uptime_s": round(time.monotonic() - self.started, 1),
-            "rss_mb": resident_mb(),
+            "rss_mb": round(resident_bytes() / 2**20, 1),
+            "inference_rss_mb": self.models.process.rss_mb,
             "python": sys.version.split()[0],
         }
-
-
-def worker_command(name: str, data: Path, application: str) -> list[str]:
-    """The training worker's command line: a process of its own, started by the fleet link when there is work."""
-    command = [sys.executable, "-m", "fl_clients.training.worker", "--name", name, "--data", str(data)]
-    return [*command, "--application", application] if application else command
-
-
-def resident_mb() -> float | None:
-    """Memory of this process that is in RAM, in MiB (VmRSS); None where the system does not tell."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("VmRSS:"):
-                    return round(int(line.split()[1]) / 1024, 1)
-    except (OSError, ValueError):
-        pass
-    return None

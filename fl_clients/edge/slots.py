@@ -1,6 +1,6 @@
 """Two slots for model bundles: one in use, the other for the next version or the former one.
 
-    HOME/slots/A/  HOME/slots/B/  HOME/slots/current -> A|B  HOME/slots/state.json
+    slots/A/  slots/B/  slots/current -> A|B  slots/state.json    in an application's own folder
 
 The rules (``SlotState`` and the functions on it) do no I/O; ``Slots`` carries them out by rename, so that a crash at any
 moment leaves ``current`` naming a whole bundle.
@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fl_core.contracts.bundle import GOLDEN_NAME, Bundle, open_bundle
 from fl_core.contracts.errors import EnvironmentFault, FieldfleetError, InputError, IntegrityError
@@ -83,7 +83,7 @@ def rolled_back(state: SlotState) -> SlotState:
 
 
 class Slots:
-    """The slots of one device's home folder."""
+    """The slots of one application, in its own folder ``home``."""
 
     def __init__(self, home: Path) -> None:
         self.folder = home / "slots"
@@ -188,6 +188,16 @@ class Slots:
                     raise
         return None
 
+    def facts(self) -> dict[str, Any] | None:
+        """Of the bundle in use, from its manifest alone: nothing is verified. None where there is none to read."""
+        slot = self.current_slot()
+        if slot is None:
+            return None
+        with contextlib.suppress(IntegrityError):
+            folder = self.folder / slot
+            return model_facts(read_manifest(BundleManifest, folder), self._target(folder))
+        return None
+
     def _target(self, folder: Path) -> str:
         path = folder / RECORD_NAME
         try:
@@ -201,6 +211,17 @@ class Slots:
         atomic.write_json(
             self.folder / STATE_NAME, {"highest": state.highest, "rejected": sorted(state.rejected)}, mode=0o644
         )
+
+
+def model_facts(manifest: BundleManifest, target: str) -> dict[str, Any]:
+    """What the device says of its model."""
+    return {
+        "application": manifest.application,
+        "version": manifest.version,
+        "parent_sha256": manifest.parent_sha256,
+        "target": target,
+        "precision": manifest.targets.get(target, {}).get("precision"),
+    }
 
 
 def sync_tree(folder: Path) -> None:
@@ -229,5 +250,5 @@ def current_bundle(home: Path) -> Bundle | None:
 def roll_back(home: Path) -> SlotState:
     """Raises InputError where there is no former model, IntegrityError where it is damaged."""
     if not (home / "slots").is_dir():
-        raise EnvironmentFault(f"{home}: not an agent's home, or no model was ever installed")
+        raise EnvironmentFault(f"{home}: no model was ever installed here")
     return Slots(home).roll_back()

@@ -52,6 +52,21 @@ def device_source(data: str, client: str, seed: int) -> Callable[[Application, A
     return source
 
 
+def device_sources(places: Sequence[str], client: str, seed: int) -> Callable[[Application, Any], Examples]:
+    """``device_source`` of one place for every application, or of each application's own (NAME=PLACE)."""
+    if len(places) == 1:
+        return device_source(places[0], client, seed)
+    pairs = (place.partition("=") for place in places)
+    sources = {name: device_source(place, client, seed) for name, _, place in pairs}
+
+    def source(application: Application, config: Any) -> Examples:
+        if application.name not in sources:
+            raise DataError(f"this device has no data for {application.name}")
+        return sources[application.name](application, config)
+
+    return source
+
+
 def serve(handler: Handler, incoming: BinaryIO, outgoing: BinaryIO) -> None:
     """Until the input ends. A request that fails is answered with Flower's error reply."""
     while True:
@@ -79,7 +94,12 @@ def _handled(handler: Handler, message: Message) -> Message:
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m fl_clients.training.worker", description=__doc__)
     options.add_argument("--name", required=True, help="this device's name")
-    options.add_argument("--data", required=True, help=f"folder of this device's data, or {GENERATED!r}")
+    options.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        help=f"folder of this device's data, or {GENERATED!r}; APPLICATION=FOLDER for each of several",
+    )
     options.add_argument("--client", default="", help="only this client of the data set")
     options.add_argument("--data-seed", type=int, default=0, help="seed of generated data")
     options.add_argument("--application", action="append", default=[], help="enabled application (default: every one)")
@@ -99,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fl_clients.training.client import ClientRuntime
 
     torch.set_num_threads(max(1, args.threads))
-    source = device_source(args.data, args.client, args.data_seed)
+    source = device_sources(args.data, args.client, args.data_seed)
     allowed = frozenset(args.application) or None
     serve(ClientRuntime(args.name, source, allowed=allowed).handle, sys.stdin.buffer, outgoing)
     return 0

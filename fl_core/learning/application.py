@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.resources
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,10 @@ import numpy.typing as npt
 
 from fl_core.contracts import config as configuration
 from fl_core.contracts.errors import ConfigError, DataError, unknown_name
+from fl_core.contracts.installed import APPLICATION_ENTRY_POINTS, known_applications
 from fl_core.learning.examples import Examples, RawData
 
 Outputs = Mapping[str, npt.NDArray[np.generic]]
-ENTRY_POINT_GROUP = "fieldfleet.applications"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +114,12 @@ def resolve(reference: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def known_applications() -> list[str]:
-    """Folders of ``applications`` and entry points of other people's packages."""
-    package = importlib.import_module("applications")
-    own = [m.name for m in pkgutil.iter_modules(package.__path__) if m.ispkg]
-    return sorted({*own, *(e.name for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP))})
-
-
 def application(name: str) -> Application:
     """By name. Raises InputError with the list of the known ones."""
     known = known_applications()
     if name not in known:
         raise unknown_name("application", name, known)
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+    for entry in importlib.metadata.entry_points(group=APPLICATION_ENTRY_POINTS):
         if entry.name == name:
             found = entry.load()
             break

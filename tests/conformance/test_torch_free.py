@@ -38,7 +38,8 @@ try:
     result["every command's parser"] = ""
 except Exception as error:
     result["every command's parser"] = f"{{type(error).__name__}}: {{error}}"
-from fl_core.learning.application import application, known_applications
+from fl_core.contracts.installed import known_applications
+from fl_core.learning.application import application
 for name in known_applications():
     app = application(name)
     config = app.configure()

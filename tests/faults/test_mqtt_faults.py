@@ -35,7 +35,7 @@ def test_a_job_cut_off_by_kill_9_is_run_at_the_next_start(field: Field) -> None:
             reply = field.bridge.wait_reply(waiting, 60)
             assert reply is not None, field.log()
             assert reply["ok"] is True
-    assert not list((field.agent / "predictions").glob(".*")), "no half-written file"
+    assert not list(field.predictions.glob(".*")), "no half-written file"
 
 
 def test_the_agent_outlives_its_server_and_tells_what_it_did_meanwhile(field: Field) -> None:
@@ -46,8 +46,8 @@ def test_the_agent_outlives_its_server_and_tells_what_it_did_meanwhile(field: Fi
     with field.running("--no-train") as process:
         eventually(lambda: field.bridge.table.reports(NAME, "inference"), 60)
         field.stop()
-        made = len(list((field.agent / "predictions").glob("*.csv")))
-        eventually(lambda: len(list((field.agent / "predictions").glob("*.csv"))) >= made + 2, 30)
+        made = len(list(field.predictions.glob("*.csv")))
+        eventually(lambda: len(list(field.predictions.glob("*.csv"))) >= made + 2, 30)
         assert process.poll() is None
         field.start()
         assert field.bridge.wait_alive([NAME], 60), field.log()
@@ -75,7 +75,7 @@ def test_a_fleet_without_mqtt_updates_and_infers(tmp_path: Path) -> None:
         field.register()
         field.publish(0)
         with field.running("--no-train", alive=False) as process:
-            eventually(lambda: list((field.agent / "predictions").glob("*.csv")), 60)
+            eventually(lambda: list(field.predictions.glob("*.csv")), 60)
             process.terminate()
             assert process.wait(20) == 0
         store = DeviceStore(field.agent / "outbox.db")

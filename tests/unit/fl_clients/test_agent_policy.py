@@ -86,18 +86,18 @@ def test_a_summary_says_how_many_and_how_high_but_no_value() -> None:
 @pytest.fixture
 def home(tmp_path: Path) -> AgentHome:
     found = AgentHome(tmp_path)
-    text = settings_text(url="https://localhost:1", name="v", application="toy_regression")
+    text = settings_text(url="https://localhost:1", name="v", applications=["toy_regression"])
     found.settings_file.write_text(text, encoding="utf-8")
     return found
 
 
 def test_the_template_is_what_the_settings_are_by_default(home: AgentHome) -> None:
     settings = home.settings()
-    assert settings.device.application == "toy_regression"
+    assert settings.device.names == ("toy_regression",)
     assert settings.mqtt.protocol == "auto"
-    assert home.data_folder(settings) == home.folder / "data"
+    assert home.data_folders(settings) == {"toy_regression": home.folder / "data"}
     with pytest.raises(InputError, match="--data"):
-        home.data_folder(settings, str(home.folder / "nowhere"))
+        home.data_folders(settings, [str(home.folder / "nowhere")])
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_init_makes_a_whole_home_or_nothing(tmp_path: Path) -> None:
     assert "not empty" in again.stderr
     status = fieldfleet("agent", "status", target, "--json")
     assert status.returncode == 0, status.stderr
-    assert json.loads(status.stdout)["model"] is None
+    assert json.loads(status.stdout)["models"] == {}
     back = fieldfleet("agent", "roll-back", target)
     assert back.returncode in (2, 3)
     assert "Traceback" not in back.stderr

@@ -172,7 +172,7 @@ for _ in range(3):
     engine.infer(app.generate(app.configure(), 0))
 before = resident_bytes()
 from fl_clients.edge.service import serve
-server = serve(engine, port=0)
+server = serve({"toy_regression": engine}, port=0)
 import subprocess
 subprocess.run([sys.executable, "-c", sys.argv[2], str(server.port)], check=True)
 engine.infer(app.generate(app.configure(), 0))

@@ -34,7 +34,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> InferenceEngine:
 
 @pytest.fixture(scope="module")
 def server(engine: InferenceEngine) -> Iterator[Server]:
-    running = serve(engine, port=0, max_batch=64, max_message_bytes=1 << 20)
+    running = serve({TOY: engine}, port=0, max_batch=64, max_message_bytes=1 << 20)
     yield running
     running.stop()
 
@@ -165,7 +165,7 @@ def test_an_unimplemented_method_says_so(client: triton.InferenceServerClient) -
 
 
 def test_without_a_model_the_server_is_live_but_not_ready(tmp_path: Path) -> None:
-    running = serve(InferenceEngine(tmp_path, TOY), port=0)
+    running = serve({TOY: InferenceEngine(tmp_path, TOY)}, port=0)
     try:
         found = triton.InferenceServerClient(f"127.0.0.1:{running.port}")
         assert found.is_server_live()
@@ -181,12 +181,12 @@ def test_without_a_model_the_server_is_live_but_not_ready(tmp_path: Path) -> Non
 
 def test_a_busy_port_is_named(engine: InferenceEngine, server: Server) -> None:
     with pytest.raises(EnvironmentFault, match=f"127.0.0.1:{server.port} cannot be bound"):
-        serve(engine, port=server.port)
+        serve({TOY: engine}, port=server.port)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(EnvironmentFault, match="cannot be bound"):
-            serve(engine, port=other.getsockname()[1])
+            serve({TOY: engine}, port=other.getsockname()[1])
 
 
 def test_a_failure_inside_shows_no_traceback(

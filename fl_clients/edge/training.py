@@ -1,0 +1,69 @@
+"""The agent's part in federations: the fleet link on a thread of its own, where torch and flwr are installed."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fl_clients.connection import Transport
+from fl_clients.edge.capabilities import missing_for_training
+from fl_core.contracts.errors import FieldfleetError
+
+LOG = logging.getLogger(__name__)
+OnEvent = Callable[[str, Mapping[str, Any]], None]
+
+
+class Training:
+    """state: "off", or what the fleet link said last: joined, away, refused."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self.state = "off"
+        self._on_event = on_event
+
+    @staticmethod
+    def possible() -> bool:
+        missing = missing_for_training()
+        if missing:
+            LOG.info("agent: no training here, %s is not installed", missing)
+        return not missing
+
+    def run(
+        self,
+        transport: Transport,
+        folder: Path,
+        command: list[str],
+        *,
+        wake: threading.Event,
+        wake_ready: Callable[[], bool],
+        stop: threading.Event,
+    ) -> None:
+        # By name: the torch-free half never imports the training half.
+        module = importlib.import_module("fl_clients.training.link")
+        try:
+            link = module.FleetLink(transport, folder, command, wake, self._heard, wake_ready=wake_ready)
+        except FieldfleetError as error:
+            LOG.error("agent: no training: %s", error)
+            return
+        link.run(stop)
+
+    def _heard(self, event: str, facts: Mapping[str, Any]) -> None:
+        if event in ("joined", "away", "refused"):
+            self.state = event
+        self._on_event(event, facts)
+
+
+def worker_command(name: str, data: Mapping[str, Path]) -> list[str]:
+    """The training worker's command line: a process of its own, started by the fleet link when there is work.
+
+    data: application -> folder; under "" where the device names no application.
+    """
+    command = [sys.executable, "-m", "fl_clients.training.worker", "--name", name]
+    for application, folder in data.items():
+        command += ["--data", f"{application}={folder}"] if len(data) > 1 else ["--data", str(folder)]
+        command += ["--application", application] if application else []
+    return command
