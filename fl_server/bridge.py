@@ -66,7 +66,7 @@ class Bridge:
         return self.table.devices()
 
     def command(self, device: str, kind: str, body: Mapping[str, Any] | None = None, *, job_id: str = "") -> str:
-        """Ask a device for ping, update, infer or report. Returns the job id; the job survives restarts of either side.
+        """Ask a device for one of COMMANDS. Returns the job id; the job survives restarts of either side.
 
         A job that the device does not get now is sent again when it is next born; repeating a ``job_id`` is harmless.
         """

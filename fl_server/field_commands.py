@@ -15,7 +15,7 @@ from fl_core.contracts.errors import InputError, RefusedError, unknown_name
 if TYPE_CHECKING:
     from fl_server.home import ServerHome
 
-COMMANDS = ("ping", "update", "infer", "report")
+COMMANDS = ("ping", "update", "infer", "report", "enable-training")
 BODY_LIMIT = 32_768
 
 

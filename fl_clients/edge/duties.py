@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from fl_core.link.envelope import Envelope
 
-PING, UPDATE, INFER, REPORT, WAKE = "ping", "update", "infer", "report", "wake"
-JOBS = (PING, UPDATE, INFER, REPORT)
+PING, UPDATE, INFER, REPORT, ENABLE, WAKE = "ping", "update", "infer", "report", "enable-training", "wake"
+JOBS = (PING, UPDATE, INFER, REPORT, ENABLE)
 
 Step = Literal["ring", "repeat", "ignore", "refuse", "run"]
 

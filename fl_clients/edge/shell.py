@@ -229,6 +229,10 @@ class Agent:
             self._finish(message.id, message.type, reply_body(ok=True, time=time.time(), boot=self.link.boot))
         elif step == "run" and message.type == duties.REPORT:
             self._finish(message.id, message.type, reply_body(ok=True, **self.facts()))
+        elif step == "run" and message.type == duties.ENABLE:
+            self.training.enable()
+            self._finish(message.id, message.type, reply_body(ok=True, training=self.training.facts()))
+            self.link.announce()
         elif step == "run":
             self._begin_job(message)
 
@@ -277,7 +281,9 @@ class Agent:
             self.keeper.ring_if_not_ok()
         elif event in ("away", "refused"):
             self.keeper.note("away" if event == "away" else "refused", str(facts.get("reason", "")))
-        if event in ("joined", "away", "refused"):
+        elif event == "worker_failed":
+            self._guarded(self.link.report, "worker-failed", dict(facts))
+        if event in ("joined", "away", "refused", "worker_failed"):
             self.link.announce()
 
     # facts
@@ -290,6 +296,7 @@ class Agent:
             "applications": list(models),
             "capabilities": self.capabilities,
             "roles": {"train": self.training.state, "infer": self.options.infer, "serve": self.grpc_port},
+            "training": self.training.facts(),
             "model": next((facts for facts in models.values() if facts is not None), None),
             "models": models,
             "inference": self.work.last_inference,

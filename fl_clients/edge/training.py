@@ -24,6 +24,26 @@ class Training:
     def __init__(self, on_event: OnEvent) -> None:
         self.state = "off"
         self._on_event = on_event
+        self._link: Any = None
+
+    def facts(self) -> dict[str, Any]:
+        """crashes: of the worker in a row. disabled: why nothing is trained for the present run, "" while it is."""
+        link = self._link
+        if link is None:
+            return {"state": self.state, "crashes": 0, "disabled": "", "replies_waiting": 0}
+        circuit = link.breaker.circuit
+        return {
+            "state": self.state,
+            "crashes": circuit.crashes,
+            "disabled": circuit.disabled,
+            "replies_waiting": link.outbox.depth(),
+            "worker": link.worker.pid is not None,
+        }
+
+    def enable(self) -> None:
+        """An operator's word: forget the worker's crashes."""
+        if self._link is not None:
+            self._link.breaker.reset()
 
     @staticmethod
     def possible() -> bool:
@@ -49,6 +69,7 @@ class Training:
         except FieldfleetError as error:
             LOG.error("agent: no training: %s", error)
             return
+        self._link = link
         link.run(stop)
 
     def _heard(self, event: str, facts: Mapping[str, Any]) -> None:

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from fl_clients.connection import CertificateRefused, Transport, Unreachable, Unregistered, Welcome, welcome
+from fl_clients.training.breaker import Breaker
 from fl_clients.training.fleet import FleetClient, Gone, Instruction
 from fl_clients.training.outbox import Outbox
 from fl_clients.training.worker_process import Stopped, WorkerFailed, WorkerProcess
 from fl_core.contracts.errors import IntegrityError, RefusedError
+from fl_core.contracts.installed import package_version
 from fl_core.flower import wire
 from fl_core.link.backoff import Backoff
 
@@ -56,6 +58,7 @@ class FleetLink:
         self.client = FleetClient(self.connection)
         self.outbox = Outbox(home / "outbox")
         self.worker = WorkerProcess(worker_command, idle_seconds=idle_seconds)
+        self.breaker = Breaker(home / "breaker.json", package_version("fieldfleet") or "")
         self.welcome: Welcome | None = None
         self._wake, self._wake_ready = wake, wake_ready or (lambda: wake is not None)
         self._poll, self._on_event = poll_seconds, on_event or (lambda name, facts: None)
@@ -133,11 +136,22 @@ class FleetLink:
         return True
 
     def _answer(self, instruction: Instruction) -> wire.WireReply:
+        run, circuit = instruction.run_id, self.breaker.circuit
+        if circuit.open_for(run):
+            return wire.error_reply(instruction.envelope, f"training is disabled on this device: {circuit.disabled}")
+        if self.worker.pid is None and self._stop.wait(circuit.pause(run)):
+            raise Stopped
         try:
             reply = self.worker.run(instruction, self._tick, tick_seconds=HEARTBEAT_TICK)
+            self.breaker.succeeded()
             reply.check_limits()
             return reply
-        except (WorkerFailed, IntegrityError) as error:
+        except WorkerFailed as error:
+            self.breaker.crashed(run, str(error))
+            disabled = self.breaker.circuit.disabled
+            self._tell("worker_failed", reason=str(error), crashes=self.breaker.circuit.crashes, disabled=disabled)
+            return wire.error_reply(instruction.envelope, str(error))
+        except IntegrityError as error:
             self._tell("worker_failed", reason=str(error))
             return wire.error_reply(instruction.envelope, str(error))
 

@@ -31,6 +31,9 @@ class Outbox:
     def remove(self, instruction_id: str) -> None:
         self._file(instruction_id).unlink(missing_ok=True)
 
+    def depth(self) -> int:
+        return sum(1 for _ in self.folder.glob("*.reply"))
+
     def waiting(self) -> list[WireReply]:
         """Oldest first; a file that cannot be read is dropped (the server will deliver its instruction again)."""
         replies = []

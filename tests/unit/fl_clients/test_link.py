@@ -14,6 +14,7 @@ import pytest
 from flwr.app import MessageType
 
 from fl_clients.connection import ServerConnection
+from fl_clients.training.breaker import LIMIT
 from fl_clients.training.link import FleetLink
 from fl_clients.training.worker_process import WorkerProcess
 from fl_core.flower.messages import Reply
@@ -113,6 +114,28 @@ def test_the_worker_starts_with_the_first_message_stays_warm_and_ends_when_idle(
         eventually(lambda: worker.pid is None, 10)
         check(grid, ask(grid, "frugal"))
         assert worker.pid not in (None, first)
+
+
+def test_a_worker_that_keeps_crashing_is_not_started_for_ever(superlink: SuperLink, tmp_path: Path) -> None:
+    with linked(superlink, tmp_path, "crashing", poll_seconds=1.0) as device:
+        grid, switches = superlink.grid(), tmp_path / "switches"
+        (switches / "crash").touch()
+        for _ in range(LIMIT):
+            assert "exit code 7" in failure(grid, ask(grid, "crashing"))
+        assert "training is disabled" in failure(grid, ask(grid, "crashing"))
+        assert len((switches / "seen").read_text().split()) == LIMIT, "the worker was not asked again"
+        (switches / "crash").unlink()
+        assert "exit code 7" in failure(grid, ask(grid, "crashing")), "it says why"
+        device.link.breaker.reset()
+        check(grid, ask(grid, "crashing"))
+        assert not device.link.breaker.circuit.crashes
+
+
+def failure(grid: LinkGrid, message_id: str) -> str:
+    assert grid.wait_ready({message_id}, 60) == {message_id}
+    reply = grid.pull_messages([message_id])[0]
+    grid.forget([message_id])
+    return str(reply.error.reason)
 
 
 def test_a_worker_that_ignores_the_end_of_input_is_killed() -> None:
