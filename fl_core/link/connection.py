@@ -9,6 +9,7 @@ import contextlib
 import queue
 import ssl
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ class Acknowledgement:
     done: bool = False
     refused: str = ""
     lost: bool = False  # the connection ended first: nobody knows
+    then: Callable[[bool], None] | None = None  # told once, on any thread, whether the broker has taken it
+
+    def settle(self) -> None:
+        """Never under the session's condition: ``then`` may use the session."""
+        then, self.then = self.then, None
+        if then is not None:
+            then(not self.refused and not self.lost)
 
 
 @dataclass
@@ -113,30 +121,42 @@ class Connection:
             else:
                 ack.done, ack.refused = True, refused
                 self.changed.notify_all()
+        if ack is not None:
+            ack.settle()
 
     def note_closed(self) -> None:
         with self.changed:
             self.closed = True
-            for ack in self.waiting.values():
+            ended = list(self.waiting.values())
+            for ack in ended:
                 ack.done = ack.lost = True
             self.waiting.clear()
             self.changed.notify_all()
+        for ack in ended:
+            ack.settle()
 
 
 @dataclass
 class Inbox:
-    """Received messages; when nobody takes them, new ones are dropped and counted."""
+    """Received messages; when nobody takes them, new ones are dropped and counted.
+
+    tap(message): asked first, on paho's thread; True = it has taken the message, which then is not queued.
+    """
 
     # SimpleQueue: its put may be called from a signal handler
     messages: queue.SimpleQueue[Message | None] = field(default_factory=queue.SimpleQueue)
     overflow: int = 0
+    tap: Callable[[Message], bool] | None = None
 
     def take(self, message: paho.MQTTMessage) -> None:
-        if self.messages.qsize() >= INBOX_LIMIT:
-            self.overflow += 1
-            return
         with contextlib.suppress(UnicodeDecodeError):  # a topic that is not UTF-8
-            self.messages.put(Message(message.topic, bytes(message.payload), bool(message.retain)))
+            found = Message(message.topic, bytes(message.payload), bool(message.retain))
+            if self.tap is not None and self.tap(found):
+                return
+            if self.messages.qsize() >= INBOX_LIMIT:
+                self.overflow += 1
+                return
+            self.messages.put(found)
 
 
 def open_client(

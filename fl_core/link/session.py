@@ -49,7 +49,8 @@ class MqttSession:
 
     greeting(connection) is published first on each connection, after the subscriptions stand; will(connection) is
     what the broker publishes when the connection is lost. ``connection`` counts from 1 since start(). prepare() is
-    called before each attempt, changed() after a connection stands and after it is lost.
+    called before each attempt, changed() after a connection stands and after it is lost. tap(message) is asked first, on
+    paho's thread, whether it takes a message; what it takes does not come to ``receive``.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class MqttSession:
         store: DeviceStore | None = None,
         prepare: Callable[[], None] | None = None,
         changed: Callable[[], None] | None = None,
+        tap: Callable[[Message], bool] | None = None,
         backoff: Backoff | None = None,
     ) -> None:
         self.address = address
@@ -71,7 +73,7 @@ class MqttSession:
         self._protocol = "5" if address.protocol == "auto" else address.protocol
         self._tls = tls_context(address.ca)
         self._changed = threading.Condition()
-        self._inbox = Inbox()
+        self._inbox = Inbox(tap=tap)
         self._ready: Connection | None = None
         self._count = 0
         self._stopping, self._stop_deadline = False, 0.0
@@ -113,6 +115,12 @@ class MqttSession:
     def connection(self) -> int:
         return self._count
 
+    @property
+    def largest_packet(self) -> int:
+        """What the broker takes, as far as it said so."""
+        connection = self._ready
+        return PACKET_LIMIT if connection is None else connection.max_packet
+
     def wait_connected(self, timeout: float) -> bool:
         with self._changed:
             return self._changed.wait_for(lambda: self.connected, timeout)
@@ -128,10 +136,13 @@ class MqttSession:
         except queue.Empty:
             return None
 
-    def publish(self, message: Outgoing) -> Acknowledgement | None:
-        """Hand over without waiting; None when there is no connection. Raises IntegrityError for a message too large."""
+    def publish(self, message: Outgoing, then: Callable[[bool], None] | None = None) -> Acknowledgement | None:
+        """Hand over without waiting; None when there is no connection. Raises IntegrityError for a message too large.
+
+        then(taken): called once, on any thread, when the broker has taken it or it is lost; not for None.
+        """
         connection = self._ready
-        return None if connection is None or connection.closed else self._publish(connection, message)
+        return None if connection is None or connection.closed else self._publish(connection, message, then)
 
     def deliver(self, message: Outgoing, timeout: float) -> bool:
         """Publish and wait until the broker has taken it."""
@@ -271,7 +282,9 @@ class MqttSession:
             LOG.error("outbox: %s: dropped", error)
             return Acknowledgement(done=True, refused=str(error))
 
-    def _publish(self, connection: Connection, message: Outgoing) -> Acknowledgement:
+    def _publish(
+        self, connection: Connection, message: Outgoing, then: Callable[[bool], None] | None = None
+    ) -> Acknowledgement:
         size = len(message.payload) + len(message.topic) + 64
         if size > connection.max_packet:
             raise IntegrityError(f"{message.topic}: {size:,} bytes are over the broker's {connection.max_packet:,}")
@@ -279,10 +292,12 @@ class MqttSession:
         if message.expiry_s and connection.protocol == "5":
             properties = Properties(PacketTypes.PUBLISH)
             properties.MessageExpiryInterval = message.expiry_s
-        ack = Acknowledgement()
+        ack = Acknowledgement(then=then)
         client = connection.client
         if client is None:  # it ended just now
-            return Acknowledgement(done=True, lost=True)
+            ack.done = ack.lost = True
+            ack.settle()
+            return ack
         # Never under the condition: paho calls back while it holds the locks that publish() needs.
         info = client.publish(message.topic, message.payload, message.qos, message.retain, properties)
         with self._changed:
@@ -292,6 +307,8 @@ class MqttSession:
                 ack.done, ack.refused = True, connection.early.pop(info.mid)
             else:
                 connection.waiting[info.mid] = ack
+        if ack.done:
+            ack.settle()
         return ack
 
     def _close(self, connection: Connection) -> None:

@@ -3,6 +3,8 @@
 fieldfleet/v1/FLEET/devices/NAME/state       device -> server   retained; birth, changes, death (also the will)
 fieldfleet/v1/FLEET/devices/NAME/telemetry   device -> server   counts and quantiles, never raw data
 fieldfleet/v1/FLEET/devices/NAME/reply       device -> server   one per job id
+fieldfleet/v1/FLEET/devices/NAME/up          device -> server   packets of the tunnel (fl_core/link/tunnel)
+fieldfleet/v1/FLEET/devices/NAME/down        server -> device   packets of the tunnel
 fieldfleet/v1/FLEET/devices/NAME/desired     server -> device   retained; what the device should be
 fieldfleet/v1/FLEET/devices/NAME/command     server -> device   jobs and wake-ups
 """
@@ -16,8 +18,9 @@ from fl_core.contracts.names import NAME_PATTERN, checked_name
 
 PREFIX = "fieldfleet/v1"
 STATE, TELEMETRY, REPLY, DESIRED, COMMAND = "state", "telemetry", "reply", "desired", "command"
-FROM_DEVICE = (STATE, TELEMETRY, REPLY)
-TO_DEVICE = (DESIRED, COMMAND)
+UP, DOWN = "up", "down"
+FROM_DEVICE = (STATE, TELEMETRY, REPLY, UP)
+TO_DEVICE = (DESIRED, COMMAND, DOWN)
 KINDS = (*FROM_DEVICE, *TO_DEVICE)
 
 # A device name starts with a letter or a digit, so that no device can be registered under these.
