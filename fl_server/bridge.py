@@ -14,6 +14,7 @@ from fl_core.link.envelope import Envelope, decode, encode, new_id
 from fl_core.link.session import BrokerAddress, Message, MqttSession, Outgoing
 from fl_server.device_table import DATABASE_NAME, DeviceTable, Job
 from fl_server.field_commands import COMMANDS
+from fl_server.tunnel import TunnelServer
 
 LOG = logging.getLogger(__name__)
 JOB_VALID_S = 7 * 86_400.0
@@ -29,13 +30,29 @@ class Bridge:
     """A service: start() ... stop(). ``home`` keeps devices.db.
 
     on_event(event, device, facts): birth, state, death, stopped, a report's type, reply; called on the bridge's own
-    thread, must return soon.
+    thread, must return soon. tunnel: takes the packets of devices' tunnels.
     """
 
-    def __init__(self, home: Path, fleet: str, address: BrokerAddress, *, on_event: Event | None = None) -> None:
+    def __init__(
+        self,
+        home: Path,
+        fleet: str,
+        address: BrokerAddress,
+        *,
+        on_event: Event | None = None,
+        tunnel: TunnelServer | None = None,
+    ) -> None:
         self.fleet = fleet
         self.table = DeviceTable(home / DATABASE_NAME)
-        self.session = MqttSession(address, subscriptions=every_report(fleet), prepare=self.table.forget_alive)
+        self.session = MqttSession(
+            address,
+            subscriptions=every_report(fleet),
+            prepare=self.table.forget_alive,
+            tap=tunnel.tap if tunnel is not None else None,
+            changed=tunnel.link_changed if tunnel is not None else None,
+        )
+        if tunnel is not None:
+            tunnel.attach(self.session)
         self._on_event: Event = on_event or (lambda event, device, facts: None)
         self._answered = threading.Condition()
         self._stopping = threading.Event()

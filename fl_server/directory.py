@@ -32,7 +32,10 @@ class Directory:
 
     def authenticate(self, headers: Mapping[str, str]) -> Caller:
         """Raises RefusedError: a wrong signature or clock, an unknown key, a revoked device."""
-        pem = self._verifier.verify(headers)
+        return self.caller(self._verifier.verify(headers))
+
+    def caller(self, pem: bytes) -> Caller:
+        """Whose key this is, after it was proved. Raises RefusedError: an unknown key, a revoked device."""
         device = self._registry.by_key(pem)
         if device is None:
             raise RefusedError("this device's key is not registered")

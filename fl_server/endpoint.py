@@ -27,6 +27,7 @@ from fl_server.bell import Bell
 from fl_server.bulk import BATCH_BYTES, Download, Upload
 from fl_server.directory import Caller, Directory
 from fl_server.repository_files import RepositoryFiles
+from fl_server.tunnel import DEVICE_SCOPE, KEY_SCOPE
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -198,7 +199,13 @@ class Endpoint:
         return JSONResponse({**self._welcome(caller, host), "node_id": caller.node, "time": time.time()})
 
     async def _authenticate(self, request: Request) -> Caller:
-        return await self._in_store(lambda: self._directory.authenticate(request.headers))
+        key, device = request.scope.get(KEY_SCOPE), request.scope.get(DEVICE_SCOPE)
+        if key is None:
+            return await self._in_store(lambda: self._directory.authenticate(request.headers))
+        caller = await self._in_store(lambda: self._directory.caller(key))  # proved at the tunnel's handshake
+        if caller.device.name != device:
+            raise RefusedError(f"this key is registered as another device than {device!r}")
+        return caller
 
     async def _in_store(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function)

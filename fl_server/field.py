@@ -15,6 +15,7 @@ from fl_server.bridge import Bridge, Event
 from fl_server.broker import Accounts, EmbeddedBroker
 from fl_server.home import ServerHome
 from fl_server.registry import Registry
+from fl_server.tunnel import TunnelServer
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 compared, not bound
 SESSION_EXPIRY_S = 7 * 86_400
@@ -23,7 +24,14 @@ SESSION_EXPIRY_S = 7 * 86_400
 class FieldService:
     """start() / stop(). ``bridge`` is None when MQTT is switched off in server.toml."""
 
-    def __init__(self, home: ServerHome, registry: Registry, *, on_event: Event | None = None) -> None:
+    def __init__(
+        self,
+        home: ServerHome,
+        registry: Registry,
+        *,
+        on_event: Event | None = None,
+        tunnel: TunnelServer | None = None,
+    ) -> None:
         settings = home.settings.mqtt
         self.broker: EmbeddedBroker | None = None
         self.bridge: Bridge | None = None
@@ -38,7 +46,9 @@ class FieldService:
                 certificate=(home.certificate, home.certificate_key) if settings.tls else None,
                 admit_devices=False,
             )
-        self.bridge = Bridge(home.path, home.settings.fleet, service_address(home, SERVER_ACCOUNT), on_event=on_event)
+        self.bridge = Bridge(
+            home.path, home.settings.fleet, service_address(home, SERVER_ACCOUNT), on_event=on_event, tunnel=tunnel
+        )
 
     def start(self) -> None:
         """Raises EnvironmentFault: a busy port, an unreachable broker, a refused account."""

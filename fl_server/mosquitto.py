@@ -62,6 +62,8 @@ def configuration(folder: Path, listener: Listener) -> str:
         f"acl_file {folder / ACCESS_NAME}",
         "# One connection a device, under its own name: nobody can end another's connection.",
         "use_username_as_clientid true",
+        "# Requests and answers are short messages that somebody waits for.",
+        "set_tcp_nodelay true",
         f"max_packet_size {PACKET_LIMIT}",
         "max_queued_messages 10000",
         "persistence true",

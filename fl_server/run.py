@@ -64,7 +64,7 @@ def serve(
     with _interruptible() as signals, options.home.lock(), Services() as services:
         superlink = SuperLink(options.home)  # binds its port; nothing has started yet
         try:
-            field = FieldService(options.home, superlink.registry)
+            field = FieldService(options.home, superlink.registry, tunnel=superlink.tunnel)
         except BaseException:
             superlink.stop()
             raise

@@ -21,6 +21,7 @@ from fl_server.endpoint import Endpoint
 from fl_server.home import ServerHome
 from fl_server.link_grid import LinkGrid
 from fl_server.repository_files import RepositoryFiles
+from fl_server.tunnel import TunnelServer
 
 KEEP_ALIVE_SECONDS = 300  # else each slow poll pays a TLS handshake
 START_SECONDS, STOP_SECONDS = 30.0, 2
@@ -28,6 +29,12 @@ START_SECONDS, STOP_SECONDS = 30.0, 2
 
 class _Server(uvicorn.Server):
     """Ends connections that their devices did not close in time, rather than leaving them to the garbage collector."""
+
+    loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
@@ -61,6 +68,9 @@ class SuperLink:
             raise
         self._files = RepositoryFiles(home.repository)
         self._endpoint = Endpoint(self.store, self.directory, self.bell, self._files, self._welcome)
+        self.tunnel = TunnelServer(
+            self._endpoint, fleet=home.settings.fleet, certificate=home.certificate, key=home.certificate_key
+        )
         self._server = _Server(
             uvicorn.Config(
                 self._endpoint,
@@ -94,10 +104,13 @@ class SuperLink:
         if not self._server.started:
             self.stop()
             raise EnvironmentFault("the HTTPS server did not start", remedy="run again with --verbose")
+        assert self._server.loop is not None
+        self.tunnel.start(self._server.loop)
 
     def stop(self) -> None:
         """Waiting devices are told to come back later; requests under way get a few seconds."""
         self.bell.close()
+        self.tunnel.stop()
         self._server.should_exit = True
         if self._thread is not None:
             self._thread.join(STOP_SECONDS + 5)

@@ -52,7 +52,7 @@ class Field:
     def start(self) -> None:
         self.superlink = SuperLink(self.home)
         self.superlink.start()
-        self.service = FieldService(self.home, self.superlink.registry)
+        self.service = FieldService(self.home, self.superlink.registry, tunnel=self.superlink.tunnel)
         self.service.start()
 
     def stop(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import socket
 import ssl
 import threading
 from collections.abc import Callable
@@ -181,8 +182,15 @@ def open_client(
     client.on_publish = lambda _c, _u, mid, reason, _properties: connection.note_published(mid, reason)
     client.on_message = lambda _c, _u, message: inbox.take(message)
     client.on_disconnect = lambda _c, _u, _flags, _reason, _properties: connection.note_closed()
+    client.on_socket_open = _without_delay
     connection.client = client
     return client
+
+
+def _without_delay(_client: paho.Client, _userdata: Any, opened: Any) -> None:
+    """Else a short message waits some 40 ms for the acknowledgement of the one before."""
+    with contextlib.suppress(OSError, AttributeError):
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def tls_context(ca: Path | None) -> ssl.SSLContext | None:

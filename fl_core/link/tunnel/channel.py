@@ -39,13 +39,14 @@ class InFlight:
     packet: bytes
     handed: bool = False
     taken: bool = False
+    handed_at: float = 0.0
 
 
 class Channel:
     """``now`` is in seconds of any monotonic clock. Every number of a received packet is checked before it is believed."""
 
     def __init__(self, session: bytes, keys: Keys) -> None:
-        self.session = session
+        self.session, self.window = session, WINDOW
         self._seal, self._open = ChaCha20Poly1305(keys.send), ChaCha20Poly1305(keys.receive)
         self._sent = 0  # the number of the next new packet
         self._flying: dict[int, InFlight] = {}
@@ -71,9 +72,9 @@ class Channel:
         for number, flight in self._flying.items():
             if not flight.handed and handed < HANDED_LIMIT:
                 found.append((number, flight.packet))
-                flight.handed, handed = True, handed + 1
+                flight.handed, flight.handed_at, handed = True, now, handed + 1
                 self.repeated += 1
-        while len(self._flying) < WINDOW and handed < HANDED_LIMIT and (payload := source()) is not None:
+        while len(self._flying) < self.window and handed < HANDED_LIMIT and (payload := source()) is not None:
             found.append((self._sent, self._new(payload, now)))
             handed += 1
         if now >= self._ack_at:
@@ -100,6 +101,9 @@ class Channel:
 
     def expire(self, now: float) -> None:
         """Send the oldest packet again when its acknowledgement is overdue: the answer tells about the others."""
+        for flight in self._flying.values():
+            if flight.handed and not flight.taken and now >= flight.handed_at + LONGEST_WAIT_S:
+                flight.taken = True  # a broker that says nothing
         if now >= self._progress + self._wait and any(flight.taken for flight in self._flying.values()):
             self._repeat(min(self._flying))
             self._recovering = True
@@ -107,8 +111,11 @@ class Channel:
 
     def deadline(self) -> float:
         """When ``outgoing`` or ``expire`` has something to do by itself; inf = never."""
-        waits = any(flight.taken for flight in self._flying.values())
-        return min(self._ack_at, self._progress + self._wait if waits else math.inf)
+        times = [self._ack_at]
+        for flight in self._flying.values():
+            if flight.handed:
+                times.append(self._progress + self._wait if flight.taken else flight.handed_at + LONGEST_WAIT_S)
+        return min(times)
 
     # receiving
 
@@ -142,7 +149,7 @@ class Channel:
         sealed = self._seal.encrypt(_NONCE.pack(DATA_NONCE, number), _COUNT.pack(self._expected) + payload, head)
         if not self._flying:
             self._progress = now
-        self._flying[number] = InFlight(head + sealed, handed=True)
+        self._flying[number] = InFlight(head + sealed, handed=True, handed_at=now)
         self._settled()
         return head + sealed
 

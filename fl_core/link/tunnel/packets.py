@@ -61,7 +61,7 @@ class Packet:
 class Frame:
     kind: FrameKind
     stream: int
-    payload: bytes
+    payload: bytes | memoryview
 
     @property
     def size(self) -> int:

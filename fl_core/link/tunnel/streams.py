@@ -36,7 +36,7 @@ class Stream:
     ended_in: bool = False
     ended_out: bool = False
     incoming: deque[bytes] = field(default_factory=deque)
-    outgoing: deque[bytes] = field(default_factory=deque)
+    outgoing: deque[memoryview] = field(default_factory=deque)
     waiting_in: int = 0
     waiting_out: int = 0
     end_sent: bool = False
@@ -84,7 +84,7 @@ class Streams:
     def write(self, stream: Stream, data: bytes) -> None:
         """Queue bytes; wait for ``stream.room`` before the next ones."""
         if data and not stream.reason and not stream.ended_out:
-            stream.outgoing.append(data)
+            stream.outgoing.append(memoryview(data))  # cut without copying
             stream.waiting_out += len(data)
 
     def end(self, stream: Stream) -> None:
@@ -122,11 +122,16 @@ class Streams:
             self._drop(stream, reason)
             self._changed(stream)
 
+    @property
+    def speaks(self) -> bool:
+        """Whether something other than bytes waits to be sent: credit after a ``read``, say."""
+        return bool(self._control)
+
     # for the channel
 
     def next_payload(self, limit: int = PAYLOAD_LIMIT) -> bytes | None:
         """Frames for one packet, control first, then bytes of each stream in turn; None when there is nothing to send."""
-        frames, size = [], 0
+        frames, size = list[Frame](), 0
         while self._control and (not frames or size + self._control[0].size <= limit):
             frames.append(self._control.popleft())
             size += frames[-1].size
@@ -163,7 +168,7 @@ class Streams:
         self._last = frame.stream
         (credit,) = _NUMBER.unpack_from(frame.payload)
         stream = Stream(frame.stream, min(credit, READ_WINDOW), FIRST_CREDIT)
-        stream.head = packets.read_parts(frame.payload[_NUMBER.size :], origin=ORIGIN)
+        stream.head = packets.read_parts(bytes(frame.payload[_NUMBER.size :]), origin=ORIGIN)
         if len(self.open_streams) >= MAX_STREAMS:
             self.reset(stream, "too many requests at a time")
             return None
@@ -174,19 +179,19 @@ class Streams:
         if frame.kind == FrameKind.HEAD:
             if self._server or stream.head:
                 raise IntegrityError(f"{ORIGIN}: an answer that nobody asked for")
-            stream.head = packets.read_parts(frame.payload, origin=ORIGIN)
+            stream.head = packets.read_parts(bytes(frame.payload), origin=ORIGIN)
         elif frame.kind == FrameKind.DATA:
             if len(frame.payload) > stream.may_receive or stream.ended_in:
                 raise IntegrityError(f"{ORIGIN}: more bytes than were asked for")
             stream.may_receive -= len(frame.payload)
-            stream.incoming.append(frame.payload)
+            stream.incoming.append(bytes(frame.payload))
             stream.waiting_in += len(frame.payload)
         elif frame.kind == FrameKind.CREDIT:
             stream.may_send += _credit(frame.payload)
         elif frame.kind == FrameKind.END:
             stream.ended_in = True
         else:
-            self._drop(stream, frame.payload.decode("utf-8", "replace")[:REASON_LIMIT] or "reset")
+            self._drop(stream, bytes(frame.payload).decode("utf-8", "replace")[:REASON_LIMIT] or "reset")
 
     def _frames_of(self, stream: Stream, room: int) -> list[Frame]:
         frames = []
@@ -202,7 +207,7 @@ class Streams:
             self._changed(stream)
         return frames
 
-    def _cut(self, stream: Stream, size: int) -> bytes:
+    def _cut(self, stream: Stream, size: int) -> memoryview:
         part = stream.outgoing.popleft()
         if len(part) > size:
             stream.outgoing.appendleft(part[size:])
@@ -227,7 +232,7 @@ class Streams:
             self.open_streams.pop(stream.id, None)
 
 
-def _credit(payload: bytes) -> int:
+def _credit(payload: bytes | memoryview) -> int:
     if len(payload) != _NUMBER.size:
         raise IntegrityError(f"{ORIGIN}: a credit that is no number")
     return min(int(_NUMBER.unpack(payload)[0]), READ_WINDOW)

@@ -1,0 +1,402 @@
+"""The server's end of all tunnels: packets from devices become requests to the endpoint, in its own event loop.
+
+One session a device, no thread for any of them. Who is at the other end is proved by the handshake, and what they may
+do is decided by the endpoint at each request, as over HTTPS: a revoked device is refused at its next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.serialization import Encoding
+from starlette.types import ASGIApp, Message, Scope
+
+from fl_core.contracts.errors import IntegrityError
+from fl_core.identity import ca
+from fl_core.identity.keys import load_private_key
+from fl_core.link import session as mqtt
+from fl_core.link import topics
+from fl_core.link.tunnel import packets
+from fl_core.link.tunnel.channel import WINDOW
+from fl_core.link.tunnel.end import End, Violation
+from fl_core.link.tunnel.handshake import Keys, Place, ServerHandshake
+from fl_core.link.tunnel.packets import Kind, Packet, read_packet
+from fl_core.link.tunnel.streams import Stream
+
+LOG = logging.getLogger(__name__)
+DEVICE_SCOPE, KEY_SCOPE = "fieldfleet.device", "fieldfleet.key"  # what the endpoint finds in a request's scope
+RESUME_S = 600.0  # a device that was cut off in the middle of a request may come back for so long
+FORGET_S = 25 * 3600.0
+SWEEP_S = 30.0
+HINT_S = 1.0  # between two hints to one device that its session is unknown
+EARLY_LIMIT = WINDOW
+PACKETS_IN_FLIGHT = 2_048  # of all devices: about 120 MB
+EXPIRY_S = 120
+READ = 256 << 10
+
+
+class TunnelServer:
+    """tap() takes packets from any thread. start(loop) before, stop() after."""
+
+    def __init__(self, app: ASGIApp, *, fleet: str, certificate: Path, key: Path) -> None:
+        self._app, self.fleet = app, fleet
+        self._certificate = ca.load_certificate(certificate).public_bytes(Encoding.DER)
+        self._key = load_private_key(key)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._mqtt: mqtt.MqttSession | None = None
+        self.sessions: dict[str, Session] = {}
+        self._pending: dict[str, Pending] = {}
+        self._hinted: dict[str, float] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        loop.call_soon_threadsafe(self._begin)
+
+    def attach(self, session: mqtt.MqttSession) -> None:
+        self._mqtt = session
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """From another thread than the loop's: every request under way ends."""
+        self._stopping = True
+        if self._loop is None or not self._loop.is_running():
+            return
+        with contextlib.suppress(TimeoutError, RuntimeError):
+            asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result(timeout)
+
+    def tap(self, message: mqtt.Message) -> bool:
+        """For MqttSession: takes what comes through tunnels."""
+        found = topics.parse(message.topic)
+        if found is None or found.kind != topics.UP:
+            return False
+        if self._loop is not None and not self._stopping and not message.retained and found.fleet == self.fleet:
+            with contextlib.suppress(RuntimeError):  # the loop has just closed
+                self._loop.call_soon_threadsafe(self._take, found.device, message.payload)
+        return True
+
+    def link_changed(self) -> None:
+        """The connection to the broker came or went; from any thread."""
+        if self._loop is not None and not self._stopping:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._came_up)
+
+    # in the loop
+
+    @property
+    def connected(self) -> bool:
+        return self._mqtt is not None and self._mqtt.connected
+
+    def window(self) -> int:
+        """Packets in flight for each device: all together stay below a bound however many there are."""
+        busy = sum(1 for session in self.sessions.values() if session.end.channel.in_flight)
+        return max(2, min(WINDOW, PACKETS_IN_FLIGHT // max(1, busy)))
+
+    def largest_packet(self) -> int:
+        return self._mqtt.largest_packet if self._mqtt is not None else packets.PACKET_LIMIT
+
+    def publish(self, device: str, packet: bytes, then: Callable[[bool], None] | None = None) -> None:
+        message = mqtt.Outgoing(topic=topics.topic(self.fleet, device, topics.DOWN), payload=packet, expiry_s=EXPIRY_S)
+        try:
+            sent = self._mqtt.publish(message, then) if self._mqtt is not None else None
+        except IntegrityError as error:
+            LOG.error("tunnel: %s: %s", device, error.message)
+            sent = None
+        if sent is None and then is not None:
+            then(False)
+
+    def call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """In the loop, from any thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(function, *arguments)
+
+    def spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def request(self, device: str, pem: bytes, stream: Stream) -> Scope:
+        """The ASGI scope of a request. Raises IntegrityError for a head that is none."""
+        texts = [part.decode("latin-1") for part in stream.head]
+        if len(texts) < 2 or len(texts) % 2 or not texts[1].startswith("/"):
+            raise IntegrityError("tunnel: a request without method and path")
+        path, _, query = texts[1].partition("?")
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": texts[0],
+            "scheme": "https",
+            "path": urllib.parse.unquote(path),
+            "raw_path": path.encode("latin-1"),
+            "query_string": query.encode("latin-1"),
+            "root_path": "",
+            "headers": [
+                (name.lower().encode("latin-1"), value.encode("latin-1"))
+                for name, value in zip(texts[2::2], texts[3::2], strict=True)
+            ],
+            "client": (device, 0),
+            "server": None,
+            DEVICE_SCOPE: device,
+            KEY_SCOPE: pem,
+        }
+
+    async def serve(self, scope: Scope, receive: Any, send: Any) -> None:
+        await self._app(scope, receive, send)
+
+    # inside
+
+    def _begin(self) -> None:
+        self._sweeper = asyncio.ensure_future(self._sweep())
+
+    async def _end_all(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for session in list(self.sessions.values()):
+            session.close("the server is stopping")
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = time.monotonic()
+            for device, session in list(self.sessions.items()):
+                silent = now - session.heard_at
+                busy = bool(session.end.streams.open_streams or session.end.channel.in_flight)
+                if silent > (RESUME_S if busy else FORGET_S):
+                    session.close("the device has not been heard of")
+                    del self.sessions[device]
+            for table in (self._pending, self._hinted):
+                for device in [d for d, item in table.items() if now - _made(item) > RESUME_S]:
+                    del table[device]
+
+    def _take(self, device: str, data: bytes) -> None:
+        try:
+            packet = read_packet(data, origin=f"tunnel of {device}")
+            if packet.kind == Kind.HELLO:
+                self._hello(device, packet)
+            elif packet.kind == Kind.FINISH:
+                self._finish(device, packet)
+            elif packet.kind in (Kind.DATA, Kind.ACK):
+                self._packet(device, packet)
+        except IntegrityError as error:
+            LOG.debug("tunnel: %s: %s", device, error.message)
+
+    def _hello(self, device: str, packet: Packet) -> None:
+        pending, established = self._pending.get(device), self.sessions.get(device)
+        if established is not None and established.end.channel.session == packet.session:
+            return
+        if pending is None or pending.handshake.session != packet.session or pending.handshake.hello != packet.body:
+            handshake = ServerHandshake(Place(self.fleet, device), packet, self._certificate, self._key)
+            pending = self._pending[device] = Pending(handshake)
+        self.publish(device, pending.handshake.answer)
+
+    def _finish(self, device: str, packet: Packet) -> None:
+        pending, established = self._pending.get(device), self.sessions.get(device)
+        if established is not None and established.end.channel.session == packet.session:
+            established.end.channel.link_up(time.monotonic())  # it has not heard of us yet
+            established.pump()
+        elif pending is None or pending.handshake.session != packet.session:
+            self._hint(device, packet.session)
+        elif not pending.proving:
+            pending.proving = True
+            self.spawn(self._prove(device, pending, packet))
+
+    async def _prove(self, device: str, pending: Pending, packet: Packet) -> None:
+        """Checking a P-384 signature takes a millisecond: in a thread, while others are served."""
+        try:
+            pem, keys = await asyncio.to_thread(pending.handshake.finish, packet)
+        except IntegrityError as error:
+            LOG.warning("tunnel: %s: %s", device, error.message)
+            pending.proving = False
+            return
+        if self._pending.get(device) is not pending or self._stopping:
+            return
+        del self._pending[device]
+        if (former := self.sessions.get(device)) is not None:
+            former.close("the device began a new session")
+        session = self.sessions[device] = Session(self, device, pem, pending.handshake.session, keys)
+        session.end.channel.link_up(time.monotonic())  # its acknowledgement tells the device that all is well
+        for early in pending.early:
+            session.take(early)
+        session.pump()
+
+    def _packet(self, device: str, packet: Packet) -> None:
+        session, pending = self.sessions.get(device), self._pending.get(device)
+        if session is not None and session.end.channel.session == packet.session:
+            session.take(packet)
+            if session.closed:
+                del self.sessions[device]
+        elif pending is not None and pending.handshake.session == packet.session:
+            if pending.proving and len(pending.early) < EARLY_LIMIT:
+                pending.early.append(packet)
+        else:
+            self._hint(device, packet.session)
+
+    def _hint(self, device: str, session: bytes) -> None:
+        now = time.monotonic()
+        if now - self._hinted.get(device, -HINT_S) >= HINT_S:
+            self._hinted[device] = now
+            self.publish(device, packets.header(Kind.UNKNOWN, session))
+
+    def _came_up(self) -> None:
+        if self.connected:
+            now = time.monotonic()
+            for session in self.sessions.values():
+                if session.end.streams.open_streams or session.end.channel.in_flight:
+                    session.end.channel.link_up(now)
+                    session.pump()
+
+
+class Pending:
+    """A handshake that waits for the device's proof; ``early``: what came while the proof was checked."""
+
+    def __init__(self, handshake: ServerHandshake) -> None:
+        self.handshake, self.made_at = handshake, time.monotonic()
+        self.proving = False
+        self.early: list[Packet] = []
+
+
+def _made(item: Pending | float) -> float:
+    return item if isinstance(item, float) else item.made_at
+
+
+class Session:
+    """One established tunnel."""
+
+    def __init__(self, server: TunnelServer, device: str, pem: bytes, session: bytes, keys: Keys) -> None:
+        self._server, self.device, self._pem = server, device, pem
+        self.end = End(session, keys, server=True, changed=self._changed)
+        self.heard_at = time.monotonic()
+        self.closed = False
+        self._requests: dict[Stream, Request] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._pumping = False
+
+    def take(self, packet: Packet) -> None:
+        now = time.monotonic()
+        try:
+            opened = self.end.take(packet, now)
+        except Violation as error:
+            LOG.warning("tunnel: %s: %s", self.device, error)
+            self.close(str(error))
+            return
+        self.heard_at = now
+        for stream in opened:
+            request = self._requests[stream] = Request(self, stream)
+            self._server.spawn(self._serve(request))
+        self.pump_soon()
+
+    def pump_soon(self) -> None:
+        """Once for everything that happens in this turn of the loop: one packet instead of several."""
+        if not self._pumping and not self.closed:
+            self._pumping = True
+            asyncio.get_running_loop().call_soon(self.pump)
+
+    def pump(self) -> None:
+        self._pumping = False
+        if self.closed:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._server.connected:
+            return
+        now = time.monotonic()
+        channel = self.end.channel
+        channel.window = self._server.window()
+        self.end.bound(self._server.largest_packet())
+        for number, packet in self.end.outgoing(now):
+            self._server.publish(self.device, packet, None if number is None else self._noting(number))
+        deadline = channel.deadline()
+        if deadline != float("inf"):
+            self._timer = asyncio.get_running_loop().call_later(max(0.001, deadline - now), self.pump)
+
+    def close(self, reason: str) -> None:
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self.end.streams.abandon(reason)
+        for request in self._requests.values():
+            request.news.set()
+
+    # inside
+
+    def _noting(self, number: int) -> Callable[[bool], None]:
+        return lambda ok: self._server.call(self._taken, number, ok)
+
+    def _taken(self, number: int, ok: bool) -> None:
+        self.end.channel.taken(number, time.monotonic(), lost=not ok)
+        self.pump_soon()
+
+    def _changed(self, stream: Stream) -> None:
+        if (request := self._requests.get(stream)) is not None:
+            request.news.set()
+
+    async def _serve(self, request: Request) -> None:
+        try:
+            scope = self._server.request(self.device, self._pem, request.stream)
+            await self._server.serve(scope, request.receive, request.send)
+        except (IntegrityError, UnicodeError, OSError) as error:
+            LOG.debug("tunnel: %s: %s", self.device, error)
+        finally:
+            if not request.stream.ended_out and not request.stream.reason:
+                self.end.streams.reset(request.stream, "the server could not answer")
+            self._requests.pop(request.stream, None)
+            self.pump_soon()
+
+
+class Request:
+    """One request as the endpoint sees it (ASGI)."""
+
+    def __init__(self, session: Session, stream: Stream) -> None:
+        self._session, self.stream = session, stream
+        self.news = asyncio.Event()
+        self._whole = False  # the body was handed over to its end
+
+    async def receive(self) -> Message:
+        stream, streams = self.stream, self._session.end.streams
+        while not stream.reason:
+            if stream.incoming or (stream.ended_in and not self._whole):
+                data = streams.read(stream, READ)
+                self._whole = stream.ended_in and not stream.incoming
+                self._session.pump_soon()
+                return {"type": "http.request", "body": data, "more_body": not self._whole}
+            if not stream.reading:
+                streams.read(stream, 0)  # from here on there is a reader: full credit
+                self._session.pump_soon()
+            await self._wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Message) -> None:
+        """Raises OSError when the device is gone, as servers do."""
+        stream, streams = self.stream, self._session.end.streams
+        if stream.reason:
+            raise OSError(stream.reason)
+        if message["type"] == "http.response.start":
+            parts = [str(message["status"]).encode(), *(part for pair in message.get("headers", ()) for part in pair)]
+            streams.answer(stream, parts)
+        elif message["type"] == "http.response.body":
+            streams.write(stream, message.get("body", b""))
+            if not message.get("more_body", False):
+                streams.end(stream)
+            self._session.pump_soon()
+            while not stream.room and not stream.reason:
+                await self._wait()
+
+    async def _wait(self) -> None:
+        self.news.clear()
+        await self.news.wait()
