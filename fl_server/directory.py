@@ -52,3 +52,8 @@ class Directory:
     def names(self) -> dict[int, str]:
         """node id -> device name, of every registered device that is not revoked."""
         return {self.node(device): device.name for device in self._registry.devices() if not device.revoked}
+
+    def registered(self, name: str) -> bool:
+        """Whether a device of this name may take part: it is known and not revoked."""
+        device = self._registry.by_name(name)
+        return device is not None and not device.revoked

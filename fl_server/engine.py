@@ -2,48 +2,54 @@
 
 Replies are counted in the order of device names, whatever the order of arrival, and one at a time, so that a
 simulated and a deployed federation end in the same weights and memory does not grow with the number of clients.
-A bad reply is refused with its reason; a missing one costs the round at most ``algorithm.deadline_s``.
+A bad reply is refused with its reason; a missing one costs the round at most ``algorithm.deadline_s``. An engine that
+was killed goes on in the same round: what it noted lies in the grid, what it finished in ``out``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import MessageType
+from flwr.app import Message, MessageType
 
 from fl_core.algorithms import build_algorithm
-from fl_core.algorithms.base import State, Update
 from fl_core.contracts import arrays as array_format
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.config import to_table
-from fl_core.contracts.errors import IntegrityError
+from fl_core.contracts.errors import IntegrityError, RefusedError
 from fl_core.contracts.manifests import CheckpointManifest
 from fl_core.flower.grid import StreamGrid
-from fl_core.flower.messages import Reply, Request
+from fl_core.flower.messages import Request
 from fl_core.learning.application import Application
 from fl_core.learning.averaging import ModelAverage
 from fl_core.storage import atomic
+from fl_server.exchange import Plan, Talk
 from fl_server.history import History, RoundRecord, weighted_mean
-from fl_server.screening import read_reply, screen_update
+from fl_server.screening import read_reply
 from fl_server.selection import Selector, UniformSelector
+from fl_server.tally import Tally
 
 log = logging.getLogger(__name__)
 KEEP_ROUNDS = 3
-STATE_NAME = "aggregator.safetensors"
+STATE_NAME, STALE_NAME = "aggregator.safetensors", "late.json"
 
 
 class RoundEngine:
     """``run()`` goes from ``start`` to the checkpoint ``out/final``; an interrupted ``out`` is taken up where it stood.
 
-    on_round: called with each finished RoundRecord. selector: who is asked (default: uniformly). evaluate_global(arrays) -> metrics: the server's own evaluation.
+    on_round: called with each finished RoundRecord. selector: who is asked (default: uniformly).
+    stop: when it is set (and the grid woken) the engine ends with Interrupted and can be run again. evaluate_global(arrays) -> metrics: the server's own evaluation.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class RoundEngine:
         on_round: Callable[[RoundRecord], None] | None = None,
         evaluate_global: Callable[[Arrays], dict[str, float]] | None = None,
         selector: Selector | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         self.grid, self.application, self.config = grid, application, config
         self.start, self.num_rounds, self.seed, self.out, self.stage = start, num_rounds, seed, out, stage
@@ -71,13 +78,15 @@ class RoundEngine:
         self.average = ModelAverage(self.settings.average_last, num_rounds)
         self.arrays: Arrays = initial
         self.done = 0
+        self.stop = stop or threading.Event()
+        self.stale: dict[str, tuple[str, int]] = {}
         self.seen: set[str] = set(start.manifest.clients_seen) if start else set()
         self.table = to_table(config)
         self._resume()
         self.history = History(out, resumed_round=self.done)
 
     def run(self) -> Path:
-        """All remaining rounds; returns the folder of the final checkpoint."""
+        """All remaining rounds; returns the folder of the final checkpoint. Raises Interrupted when told to stop."""
         try:
             for number in range(self.done + 1, self.num_rounds + 1):
                 self._round(number)
@@ -87,29 +96,84 @@ class RoundEngine:
 
     def _round(self, number: int) -> None:
         began, record = time.monotonic(), RoundRecord(round=number)
-        nodes = {name: node for node, name in self.grid.device_names().items()}
-        if len(nodes) < self.settings.min_clients:
-            self.grid.wait_devices(self.settings.min_clients, self.settings.deadline_s)
-            nodes = {name: node for node, name in self.grid.device_names().items()}
-        choice = self.selector.choose(tuple(nodes), self.settings.clients_per_round, round=number)
-        chosen, record.skipped = choice.chosen, dict(choice.skipped)
-        state = self.aggregator.begin(number, self.arrays)
-        request = self._request(number)
-
-        def count(name: str, reply: Reply) -> None:
-            screen_update(reply, self.arrays, name, max_norm=self.settings.max_update_norm)
-            self.aggregator.add(state, Update(arrays=reply.arrays, weight=float(reply.num_examples), extra=reply.extra))
-            record.clients[name], record.num_examples[name] = dict(reply.metrics), reply.num_examples
-
-        self._exchange(request, MessageType.TRAIN, {n: nodes[n] for n in chosen}, record, count)
-        self._apply(state, record)
+        tally = Tally(self.aggregator, self.settings, self.arrays, record, self.stale)
+        late = self._train(tally)
+        self._apply(tally)
         every = self.settings.evaluate_every
         if every and (number % every == 0 or number == self.num_rounds):
-            self._evaluate(number, {n: nodes[n] for n in chosen}, record)
+            self._evaluate(record)
         record.seconds = time.monotonic() - began
+        self.stale = {name: (i, number) for name, i in late.items()} if self.settings.late == "next" else {}
         self._save(number, record)
+        self.grid.end_rounds(number, [i for i, _ in self.stale.values()])
         if self.on_round:
             self.on_round(record)
+
+    def _train(self, tally: Tally) -> dict[str, str]:
+        """Count the round's replies; returns the instructions that were not answered in time, by device."""
+        record, plan = tally.record, self._plan(MessageType.TRAIN, tally.record.round)
+        found = self.grid.recall(plan.group)
+        nodes: Mapping[str, int] = found.nodes if found is not None else {}
+        if found is None or found.facts.get("fingerprint") != plan.fingerprint:
+            nodes = self._chosen(record)
+            if not nodes:
+                return {}
+        talk = Talk(
+            self.grid,
+            dataclasses.replace(plan, wanted=self._wanted(len(nodes))),
+            tally.look,
+            stop=self.stop,
+            partial=tally.partial,
+            facts=tally.facts,
+            closing=lambda: tally.decide_stale(self.grid),
+        )
+        if talk.exchange is not None:
+            tally.take_up(talk)
+        outcome = talk.run(self._request(record.round).to_record, nodes)
+        record.refused, record.late = outcome.refused, sorted(outcome.late)
+        self._warn(record)
+        tally.count_stale(self.grid)
+        return outcome.late
+
+    def _chosen(self, record: RoundRecord) -> dict[str, int]:
+        """Whom the selector asks, of the devices that are online; none when too few are there in time."""
+        deadline = time.monotonic() + self.settings.deadline_s
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                self.grid.wait_devices(self.settings.min_clients, left, self.stop)
+            except RefusedError as error:
+                record.failed = error.message
+                return {}
+            nodes = {name: node for node, name in self.grid.device_names().items()}
+            count = math.ceil(self.settings.clients_per_round * (1 + self.settings.over_select))
+            choice = self.selector.choose(tuple(nodes), count, round=record.round)
+            record.skipped = dict(choice.skipped)
+            if len(choice.chosen) >= self.settings.min_clients:
+                return {name: nodes[name] for name in choice.chosen}
+            if not self.grid.wait_change(left, self.stop):
+                record.failed = f"{len(choice.chosen)} devices may take part, {self.settings.min_clients} are needed"
+                return {}
+
+    def _wanted(self, asked: int) -> int:
+        """How many usable replies end the waiting; 0 = the replies of all."""
+        if not self.settings.over_select:
+            return 0
+        wanted = self.settings.clients_per_round or math.ceil(asked / (1 + self.settings.over_select))
+        return wanted if wanted < asked else 0
+
+    def _plan(self, kind: str, number: int) -> Plan:
+        said = json.dumps(
+            [self.table, self.seed, self.num_rounds, array_format.fingerprint(self.arrays)], sort_keys=True
+        )
+        return Plan(
+            group=f"{kind}-{number}",
+            kind=kind,
+            round=number,
+            fingerprint=atomic.sha256_bytes(said.encode()),
+            deadline_s=self.settings.deadline_s,
+            keep_late=kind == MessageType.TRAIN and self.settings.late == "next",
+        )
 
     def _request(self, number: int) -> Request:
         return Request(
@@ -121,82 +185,38 @@ class RoundEngine:
             arrays=self.arrays,
         )
 
-    def _exchange(
-        self,
-        request: Request,
-        kind: str,
-        nodes: Mapping[str, int],
-        record: RoundRecord,
-        count: Callable[[str, Reply], None],
-    ) -> None:
-        """Send to all, then count the replies in the order of names: the sorted prefix as it completes."""
-        group = f"{kind}-{request.round}"
-        content, order = request.to_record(), sorted(nodes)
-        messages = [
-            self.grid.create_message(content, kind, nodes[n], group, ttl=self.settings.deadline_s + 60) for n in order
-        ]
-        ids = dict(zip(order, self.grid.push_messages(messages), strict=True))
-        deadline = time.monotonic() + self.settings.deadline_s
-        waiting, position = {i for i in ids.values() if i}, 0
-        while position < len(order):
-            if ids[order[position]] in waiting:
-                left = max(0.0, deadline - time.monotonic())  # 0: what arrived while others were counted is not late
-                arrived = self.grid.wait_ready(waiting, left)
-                waiting -= arrived
-                if not arrived:
-                    break
-                continue
-            self._count_one(order[position], ids[order[position]], record, count)
-            position += 1
-        for name in order[position:]:  # after the deadline: what did arrive still counts, in order
-            if ids[name] in waiting:
-                record.late.append(name)
-            else:
-                self._count_one(name, ids[name], record, count)
-        self.grid.forget([i for i in ids.values() if i])
-
-    def _count_one(self, name: str, message_id: str, record: RoundRecord, count: Callable[[str, Reply], None]) -> None:
-        try:
-            found = list(self.grid.pull_messages([message_id])) if message_id else []
-            if not found:
-                raise IntegrityError(f"{name}: no readable reply")
-            count(name, read_reply(found[0], name))
-        except IntegrityError as error:
-            record.refused[name] = error.message
-            log.warning(
-                "reply refused", extra={"facts": {"device": name, "round": record.round, "reason": error.message}}
-            )
-
-    def _apply(self, state: State, record: RoundRecord) -> None:
-        if len(record.clients) >= max(1, self.settings.min_clients):
-            self.arrays = self.aggregator.finish(state)
-            record.applied = True
-            self.seen.update(record.clients)
+    def _apply(self, tally: Tally) -> None:
+        record, usable = tally.record, len(tally.record.clients) + len(tally.record.late_counted)
+        if usable >= max(1, self.settings.min_clients):
+            self.arrays = self.aggregator.finish(tally.state)
+            record.applied, record.failed = True, ""
+            self.seen.update(record.clients, record.late_counted)
         else:
-            log.warning(
-                "round changes nothing: too few usable replies",
-                extra={
-                    "facts": {
-                        "round": record.round,
-                        "usable": len(record.clients),
-                        "min_clients": self.settings.min_clients,
-                    }
-                },
-            )
+            record.failed = record.failed or f"{usable} usable replies, {self.settings.min_clients} are needed"
+            facts = {"round": record.round, "usable": usable, "min_clients": self.settings.min_clients}
+            log.warning("round changes nothing: %s", record.failed, extra={"facts": facts})
         record.loss = weighted_mean(record.clients, record.num_examples).get("loss")
         self.average.add(record.round, self.arrays)
 
-    def _evaluate(self, number: int, nodes: Mapping[str, int], record: RoundRecord) -> None:
+    def _warn(self, record: RoundRecord) -> None:
+        for name, reason in record.refused.items():
+            facts = {"device": name, "round": record.round, "reason": reason}
+            log.warning("reply refused", extra={"facts": facts})
+
+    def _evaluate(self, record: RoundRecord) -> None:
         counts: dict[str, int] = {}
 
-        def count(name: str, reply: Reply) -> None:
+        def look(name: str, message: Message) -> int:
+            reply = read_reply(message, name)
             if reply.num_examples:
                 record.client_evaluation[name], counts[name] = dict(reply.metrics), reply.num_examples
+            return 0
 
-        evaluated = RoundRecord(round=number)
-        answering = {n: node for n, node in nodes.items() if n in record.clients}  # the others cost a deadline already
-        if answering:
-            self._exchange(self._request(number), MessageType.EVALUATE, answering, evaluated, count)
+        plan = self._plan(MessageType.EVALUATE, record.round)
+        talk = Talk(self.grid, plan, look, stop=self.stop)
+        nodes = {name: node for node, name in self.grid.device_names().items() if name in record.clients}
+        if talk.exchange is not None or nodes:  # devices that did not answer cost a deadline already
+            talk.run(self._request(record.round).to_record, nodes)
         record.client_evaluation = {k: record.client_evaluation[k] for k in sorted(record.client_evaluation)}
         record.evaluation = weighted_mean(record.client_evaluation, counts)
         if self.evaluate_global:
@@ -217,13 +237,16 @@ class RoundEngine:
         )
 
     def _save(self, number: int, record: RoundRecord) -> None:
-        state = array_format.to_bytes({**self.aggregator.save(), **self.average.save()})
+        state = {
+            STATE_NAME: array_format.to_bytes({**self.aggregator.save(), **self.average.save()}),
+            STALE_NAME: json.dumps(self.stale).encode(),
+        }
         metrics = record.held_out or record.evaluation
         folder = self.out / f"round-{number:05d}"
         # The history first: a crash before the checkpoint repeats the round, and its line is superseded.
         record.model_sha256 = atomic.sha256_bytes(array_format.to_bytes(self.arrays))
         self.history.append(record)
-        Checkpoint(self._manifest(number, metrics), self.arrays, {STATE_NAME: state}).save(folder)
+        Checkpoint(self._manifest(number, metrics), self.arrays, state).save(folder)
         atomic.point_to(self.out / checkpoints.LATEST, folder.name)
         self.done = number
         for old in sorted(self.out.glob("round-*"))[:-KEEP_ROUNDS]:
@@ -256,3 +279,7 @@ class RoundEngine:
         self.average.load(table)
         self.arrays, self.done = found.arrays, found.manifest.step
         self.seen = set(found.manifest.clients_seen)
+        late = json.loads(found.state.get(STALE_NAME, b"{}"))
+        self.stale = {name: (str(i), int(number)) for name, (i, number) in late.items()}
+        atomic.point_to(self.out / checkpoints.LATEST, rounds[-1].name)
+        self.grid.end_rounds(self.done, [i for i, _ in self.stale.values()])

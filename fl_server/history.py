@@ -15,7 +15,8 @@ FILE_NAME = "history.jsonl"
 @dataclass
 class RoundRecord:
     """clients: device -> metrics of its training reply; refused: device -> reason; late: no reply before the deadline;
-    skipped: not asked, for a reason of the selection policy.
+    skipped: not asked, for a reason of the selection policy; late_counted: device -> the earlier round that it was
+    asked in; failed: why the round changed nothing, "" when it did.
 
     ``evaluation``: example-weighted means over the clients' validation data; ``held_out``: the server's own evaluation.
     """
@@ -26,7 +27,9 @@ class RoundRecord:
     refused: dict[str, str] = field(default_factory=dict)
     late: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    late_counted: dict[str, int] = field(default_factory=dict)
     applied: bool = False
+    failed: str = ""
     loss: float | None = None
     evaluation: dict[str, float] = field(default_factory=dict)
     client_evaluation: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -98,6 +98,10 @@ class Registry:
         with self._lock:
             return self._one("public_key_pem", public_key_pem)
 
+    def by_name(self, name: str) -> Device | None:
+        with self._lock:
+            return self._one("name", name)
+
     def mqtt_password(self, name: str) -> str | None:
         """The password of an MQTT account; None for a device that is unknown or revoked."""
         with self._lock:

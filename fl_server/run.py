@@ -89,28 +89,25 @@ def initial_arrays(application: Application, config: Any, start: Checkpoint | No
 
 
 def _federate(options: RunOptions, superlink: SuperLink, on_round: Callable[[RoundRecord], None] | None) -> RunResult:
-    grid, completed = superlink.grid(), False
-    try:
-        if not (options.out / "final").is_dir():
-            grid.wait_devices(max(1, options.min_devices), options.wait_seconds)
-        engine = RoundEngine(
-            grid=grid,
-            application=options.application,
-            config=options.config,
-            start=options.start,
-            initial=initial_arrays(options.application, options.config, options.start),
-            num_rounds=options.num_rounds,
-            seed=options.seed,
-            out=options.out,
-            stage=STAGE,
-            on_round=on_round,
-        )
-        devices = tuple(sorted(grid.device_names().values()))
-        final = engine.run()
-        completed = True
-        return RunResult(final, engine.history.records, devices)
-    finally:
-        grid.close(completed=completed)
+    grid = superlink.grid(str(options.out.resolve()))
+    if not (options.out / "final").is_dir():
+        grid.wait_devices(max(1, options.min_devices), options.wait_seconds)
+    engine = RoundEngine(
+        grid=grid,
+        application=options.application,
+        config=options.config,
+        start=options.start,
+        initial=initial_arrays(options.application, options.config, options.start),
+        num_rounds=options.num_rounds,
+        seed=options.seed,
+        out=options.out,
+        stage=STAGE,
+        on_round=on_round,
+    )
+    devices = tuple(sorted(grid.device_names().values()))
+    final = engine.run()
+    grid.close(completed=True)  # an interrupted run stays open: the same command goes on in the same round
+    return RunResult(final, engine.history.records, devices)
 
 
 def _names(superlink: SuperLink, nodes: list[int]) -> list[str]:

@@ -24,6 +24,7 @@ from fl_server.repository_files import RepositoryFiles
 from fl_server.tunnel import TunnelServer
 
 KEEP_ALIVE_SECONDS = 300  # else each slow poll pays a TLS handshake
+DEFAULT_RUN = "run"
 START_SECONDS, STOP_SECONDS = 30.0, 2
 
 
@@ -118,8 +119,9 @@ class SuperLink:
         self._endpoint.close()
         self.registry.close()
 
-    def grid(self) -> LinkGrid:
-        return LinkGrid(self.store, self.bell, self.directory)
+    def grid(self, run_name: str = DEFAULT_RUN) -> LinkGrid:
+        """The run of this name, as an earlier grid left it (in another process too), or a new one."""
+        return LinkGrid(self.store, self.bell, self.directory, run_name)
 
     def _welcome(self, caller: Caller, host: str) -> dict[str, Any]:
         settings = self.home.settings

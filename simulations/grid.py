@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import Message
 
+from fl_core.contracts.errors import Interrupted
 from fl_core.flower import adapter
 from fl_core.flower.grid import StreamGrid
 
@@ -52,8 +54,10 @@ class InProcessGrid(StreamGrid):
             ids.append(message_id)
         return ids
 
-    def wait_ready(self, message_ids: set[str], timeout: float) -> set[str]:
+    def wait_ready(self, message_ids: set[str], timeout: float, stop: threading.Event | None = None) -> set[str]:
         """Runs the next client; a client in this process is never late."""
+        if stop is not None and stop.is_set():
+            raise Interrupted("the simulation was told to stop")
         ready = message_ids & self._replies.keys()
         if ready:
             return ready

@@ -53,6 +53,11 @@ def simulate(
     clients, held = split_clients(examples.clients(), config.data.holdout_fraction, seed)
     if not clients:
         raise DataError(f"{app.name}: the data set has no usable client")
+    if len(clients) < config.algorithm.min_clients:
+        raise DataError(
+            f"{app.name}: {len(clients)} clients, {config.algorithm.min_clients} needed",
+            remedy="lower algorithm.min_clients or add clients",
+        )
     learners = Learners()
     by_client = examples.by_client()
     runtimes = {name: ClientRuntime(name, _own(by_client[name]), learners=learners) for name in clients}

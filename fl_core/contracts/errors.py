@@ -7,7 +7,8 @@
     │   ├── DataError          2     a data set
     │   └── IntegrityError     2     a file whose hash, size or signature does not fit its manifest
     ├── EnvironmentFault       3     a package, a port, a clock, a certificate, a disk
-    └── RefusedError           4     a peer refused us or could not be reached
+    ├── RefusedError           4     a peer refused us or could not be reached
+    └── Interrupted          130     the work was told to stop; what is done is kept
 
 A message names the file, the key or the device; the remedy says what to do next.
 """
@@ -68,6 +69,10 @@ class EnvironmentFault(FieldfleetError):
 
 class RefusedError(FieldfleetError):
     exit_code = ExitCode.REFUSED
+
+
+class Interrupted(FieldfleetError):
+    exit_code = ExitCode.INTERRUPTED
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> InputError:

@@ -26,6 +26,11 @@ class AlgorithmConfig:
     clients_per_round: int = number(0, low=0, help="0 = every client")
     min_clients: int = number(1, low=1, help="a round with fewer usable replies changes nothing")
     deadline_s: float = number(600.0, low=0.1, help="seconds a round waits for replies")
+    over_select: float = number(
+        0.0, low=0.0, high=10.0, help="asks this share more clients and ends with the first clients_per_round replies"
+    )
+    late: str = choice("drop", "drop", "next", help="replies after the deadline: dropped, or counted in the next round")
+    late_weight: float = number(0.5, low=0.0, high=1.0, help="factor on the weight of a reply counted a round late")
     local_epochs: int = number(1, low=1)
     batch_size: int = number(32, low=1)
     client_lr: float = number(0.0, low=0.0, help="learning rate of the local update; 0 = optimizer.lr")

@@ -6,14 +6,18 @@ process (simulation). Unmodified Flower strategies use only the methods of ``Gri
 
 from __future__ import annotations
 
+import threading
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fl_core.contracts.errors import RefusedError
+from fl_core.flower.adapter import Exchange, without
 
 
 class StreamGrid(Grid):
@@ -24,20 +28,83 @@ class StreamGrid(Grid):
         """node id -> device name, of the devices that are online now."""
 
     @abstractmethod
-    def wait_ready(self, message_ids: set[str], timeout: float) -> set[str]:
-        """Block until at least one of these instructions has a complete reply; the empty set after ``timeout`` seconds."""
+    def wait_ready(self, message_ids: set[str], timeout: float, stop: threading.Event | None = None) -> set[str]:
+        """Block until at least one of these instructions has a complete reply; the empty set after ``timeout`` seconds.
+
+        Raises Interrupted when the server ends, or when ``stop`` is set and the grid was woken.
+        """
+
+    def by_arrival(self, message_ids: set[str]) -> list[str]:
+        """Those of these instructions that have a complete reply, in the order of the replies' arrival."""
+        return sorted(message_ids)
+
+    def knows(self, name: str) -> bool:
+        """Whether a device of this name may take part (still)."""
+        return name in self.device_names().values()
 
     @abstractmethod
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop instructions and their replies: they have been counted, or the round is over."""
 
-    def wait_devices(self, count: int, timeout: float) -> None:
-        """Block until ``count`` devices are online. Raises RefusedError naming who is absent after ``timeout`` seconds."""
+    # What an engine notes of its rounds, so that it can be interrupted. Here it lasts as long as the grid.
+
+    @property
+    def _noted(self) -> dict[str, Exchange]:
+        return self.__dict__.setdefault("_exchanges", {})  # type: ignore[no-any-return]
+
+    def send(self, exchange: Exchange, messages: Sequence[Message]) -> Exchange:
+        """Send the messages of an exchange (one for each device it names) and keep it, with their ids in ``asked``."""
+        ids = self.push_messages(messages)
+        asked = dict(zip(exchange.asked, ids, strict=True))
+        self._noted[exchange.group] = replace(exchange, asked=asked)
+        return self._noted[exchange.group]
+
+    def recall(self, group: str) -> Exchange | None:
+        """The exchange of this group as it was last noted; None when it was never sent."""
+        return self._noted.get(group)
+
+    def note(
+        self,
+        exchange: Exchange,
+        facts: Mapping[str, Any],
+        *,
+        partial: bytes | None = None,
+        forget: Iterable[str] = (),
+        late: Iterable[str] = (),
+    ) -> None:
+        """New facts of an exchange (and its partial result), and the end of instructions that it needs no longer.
+
+        late: instructions that were not answered in time and are kept all the same.
+        """
+        kept = exchange.partial if partial is None else partial
+        self._noted[exchange.group] = replace(exchange, facts=dict(facts), partial=kept)
+        self.forget(forget)
+
+    def end_rounds(self, through: int, kept: Iterable[str] = ()) -> None:
+        """Every exchange up to this round is over: drop it, and its instructions but the ``kept`` ones."""
+        for found in [e for e in self._noted.values() if e.round <= through]:
+            del self._noted[found.group]
+            self.forget(without((i for i in found.asked.values() if i), kept))
+
+    def discard(self, exchange: Exchange) -> None:
+        """Drop an exchange that belongs to something else."""
+        self._noted.pop(exchange.group, None)
+        self.forget([i for i in exchange.asked.values() if i])
+
+    def wait_devices(self, count: int, timeout: float, stop: threading.Event | None = None) -> None:
+        """Block until ``count`` devices are online. Raises RefusedError naming who is absent after ``timeout`` seconds.
+
+        Raises Interrupted as ``wait_ready`` does.
+        """
         online = sorted(self.device_names().values())
         if len(online) < count:
             raise RefusedError(
                 f"{len(online)} clients, {count} needed", remedy="lower algorithm.min_clients or add clients"
             )
+
+    def wait_change(self, timeout: float, stop: threading.Event | None = None) -> bool:
+        """Block until devices may have come, gone or changed; False where nothing will change within ``timeout`` seconds."""
+        return False
 
     def create_message(
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None

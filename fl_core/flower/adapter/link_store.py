@@ -1,107 +1,31 @@
-"""Every private name of flwr 1.41 that this project uses, and nothing else. Its contract test fails when one moves.
-
-The first half serves every process that handles messages. ``LinkStore`` is the SuperLink's state behind one lock; its
-imports (50 MB) are made only when a server opens one. The messages of the wire are in ``wire.py``.
-"""
+"""LinkStore: the SuperLink's state and object store behind one lock, in one SQLite file."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
-from flwr.app.message import array, remove_content_from_message
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_children_ids_from_object_content,
-    get_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.common.serde import message_from_proto
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
 from fl_core.contracts.errors import IntegrityError
-from fl_core.contracts.offswitches import set_off_switches
 from fl_core.flower import wire
+from fl_core.flower.adapter.exchanges import Exchange, Exchanges, without
+from fl_core.flower.adapter.messages import assume_identity, children, inflate, set_message_id, stamp
+from fl_core.flower.adapter.objects import Objects
 from fl_core.flower.wire import FleetRefused
 
-set_off_switches()
-
-__all__ = [
-    "FleetAnswer",
-    "LinkStore",
-    "Run",
-    "assume_identity",
-    "deflate",
-    "empty_run",
-    "inflate",
-    "set_message_id",
-]
-
 HEARTBEAT_SECONDS = 30.0
-# flwr cuts arrays into pieces of 5 MiB; smaller ones bound what a server holds of many transfers at once.
-setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1 << 20)  # noqa: B010 mypy: not exported
-
-
-# ObjectStore's bookkeeping, as its own code does it row by row. A new edge counts once, whoever stored its parent.
-_ADD_OBJECT = (
-    "INSERT INTO objects (object_id, content, is_available, ref_count) VALUES (:id, :content, 1, 0) "
-    "ON CONFLICT (object_id) DO UPDATE SET content=excluded.content, is_available=1 WHERE is_available=0"
-)
-_COUNT_EDGE = (
-    "UPDATE objects SET ref_count=ref_count+1 WHERE object_id=:child AND NOT EXISTS "
-    "(SELECT 1 FROM object_children WHERE parent_id=:parent AND child_id=:child)"
-)
-_FREE = "SELECT object_id FROM objects WHERE ref_count=0 AND object_id IN (SELECT value FROM json_each(:ids))"
-_BATCH_BYTES = 4 << 20
-
-
-def assume_identity(*, run_id: int, task_id: int, node_id: int) -> None:
-    """``Message(...)`` stamps new messages from this process-wide identity; both grids set it first."""
-    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, task_id, node_id
-
-
-def empty_run(run_id: int) -> Run:
-    return Run.create_empty(run_id)
-
-
-def set_message_id(message: Message, message_id: str) -> None:
-    """``metadata.message_id`` is read-only; a reply must be built from a message that has its id."""
-    message.metadata.__dict__["_message_id"] = message_id
-
-
-def inflate(message_id: str, objects: dict[str, bytes], *, origin: str) -> Message:
-    """A message from its objects (emptied on the way, to save memory). Raises IntegrityError naming ``origin``."""
-    try:
-        found = inflate_object_from_contents(message_id, objects)
-    except (
-        Exception
-    ) as error:  # bytes from the network, read by foreign parsers: any of them may give up in its own way
-        raise IntegrityError(f"{origin}: message is not readable: {type(error).__name__}: {error}") from None
-    if not isinstance(found, Message):
-        raise IntegrityError(f"{origin}: {message_id[:16]} is a {type(found).__name__}, not a message")
-    set_message_id(found, message_id)
-    return found
-
-
-def deflate(reply: Message) -> tuple[bytes, bytes, dict[str, bytes]]:
-    """(envelope, tree, objects by id) of a reply, as ``wire.WireReply`` holds them."""
-    with no_object_id_recompute():
-        set_message_id(reply, reply.object_id)
-        tree = get_object_tree(reply).SerializeToString()
-        objects = {i: o.deflate() for i, o in get_all_nested_objects(reply).items()}
-        envelope = message_to_proto(remove_content_from_message(reply)).SerializeToString()
-    return envelope, tree, objects
 
 
 @dataclass(frozen=True)
@@ -169,6 +93,10 @@ class LinkStore:
         self._state = _open_state(database)
         self._store = self._state.object_store
         self._lock = threading.RLock()
+        signed = self._m.utils.uint64_to_int64
+        self._objects = Objects(self._state, signed)
+        with self.together():
+            self._exchanges = Exchanges(self._state, signed)
         self._calls = self._fleet_calls()
 
     # Devices
@@ -214,47 +142,108 @@ class LinkStore:
 
     # Runs
 
-    def open_run(self) -> Run:
-        """A new run that is running and never expires; what earlier runs left behind is removed."""
+    def open_run(self, name: str) -> Run:
+        """The run of this name where it stood, or a new one; it is running and never expires."""
         state, constant, core = self._state, self._m.constant, self._m.core_constant
         with self.together():
-            unfinished = [constant.Status.PENDING, constant.Status.STARTING, constant.Status.RUNNING]
-            for old in state.get_run_info(statuses=unfinished):
-                state.stop_run(old.run_id)
-            run_id = state.create_run(
-                None, None, None, {}, core.NOOP_FEDERATION_ID, None, constant.NOOP_FLWR_AID, core.TaskType.SERVER_APP
-            )
-            task = state.get_run_info(run_ids=[run_id])[0].primary_task_id
-            if not state.claim_task(task) or not state.activate_task(task):
-                raise IntegrityError("the SuperLink's new run could not be started")
-            query = "UPDATE task SET token=NULL, active_until=NULL WHERE task_id=:t"  # else it fails without heartbeats
-            state.query(query, {"t": self._m.utils.uint64_to_int64(task)})
-            run: Run = state.get_run_info(run_ids=[run_id])[0]
-        assume_identity(run_id=run_id, task_id=task, node_id=SUPERLINK_NODE_ID)
+            run = self._running(name)
+            if run is None:
+                run_id = state.create_run(
+                    None,
+                    None,
+                    None,
+                    {},
+                    core.NOOP_FEDERATION_ID,
+                    None,
+                    constant.NOOP_FLWR_AID,
+                    core.TaskType.SERVER_APP,
+                )
+                task = state.get_run_info(run_ids=[run_id])[0].primary_task_id
+                if not state.claim_task(task) or not state.activate_task(task):
+                    raise IntegrityError("the SuperLink's new run could not be started")
+                query = (
+                    "UPDATE task SET token=NULL, active_until=NULL WHERE task_id=:t"  # else it fails without heartbeats
+                )
+                state.query(query, {"t": self._m.utils.uint64_to_int64(task)})
+                self._exchanges.name_run(name, run_id)
+                run = state.get_run_info(run_ids=[run_id])[0]
+        assume_identity(run_id=run.run_id, task_id=run.primary_task_id, node_id=SUPERLINK_NODE_ID)
         return run
 
+    def open_runs(self) -> list[str]:
+        """Names of the runs that go on at ``open_run``."""
+        with self.together():
+            return sorted(name for name in self._exchanges.runs() if self._running(name) is not None)
+
+    def _running(self, name: str) -> Run | None:
+        run_id = self._exchanges.runs().get(name)
+        if run_id is None:
+            return None
+        found: list[Run] = self._state.get_run_info(
+            run_ids=[self._m.utils.int64_to_uint64(run_id)], statuses=[self._m.constant.Status.RUNNING]
+        )
+        return found[0] if found else None
+
     def close_run(self, run: Run, *, completed: bool) -> None:
+        """The end of a run: nothing of it stays but its entry in Flower's list."""
         sub_status = self._m.constant.SubStatus
         with self.together():
             self._state.finish_task(run.primary_task_id, sub_status.COMPLETED if completed else sub_status.STOPPED, "")
             self._state.cleanup_run(run.run_id)
+            self._exchanges.forget_run(run.run_id)
 
     # Messages
 
-    def push(self, run: Run, messages: Iterable[Message]) -> list[str | None]:
-        """Messages and all their objects in one transaction; None for a message that the store refuses (node gone)."""
+    def push(self, run: Run, messages: Iterable[Message], exchange: Exchange | None = None) -> list[str | None]:
+        """Messages and all their objects in one transaction; None for a message that the store refuses (node gone).
+
+        With them ``exchange``, whose ``asked`` names one device a message; it gets their ids.
+        """
         ids: list[str | None] = []
         with self.together(), no_object_id_recompute():
             for message in messages:
+                stamp(message, run_id=run.run_id, task_id=run.primary_task_id, node_id=SUPERLINK_NODE_ID)
                 set_message_id(message, message.object_id)
                 if self._state.store_message_ins(remove_content_from_message(message)) is None:
                     ids.append(None)
                     continue
                 objects = get_all_nested_objects(message)
-                missing = objects.keys() - self._known(objects)
-                self._add(run.run_id, ((i, objects[i].deflate()) for i in objects if i in missing), "message")
+                missing = objects.keys() - self._objects.known(objects)
+                self._objects.add(run.run_id, ((i, objects[i].deflate()) for i in objects if i in missing), "message")
                 ids.append(message.object_id)
+            if exchange is not None:
+                asked = {name: i or "" for name, i in zip(exchange.asked, ids, strict=True)}
+                self._exchanges.put(run.run_id, replace(exchange, asked=asked))
         return ids
+
+    def exchange(self, run: Run, group: str) -> Exchange | None:
+        """What was noted of this group, or None when it was never sent."""
+        with self.together():
+            return self._exchanges.get(run.run_id, group)
+
+    def note(
+        self,
+        run: Run,
+        group: str,
+        facts: Mapping[str, Any],
+        *,
+        partial: bytes | None = None,
+        forget: Iterable[str] = (),
+    ) -> None:
+        """What came of an exchange so far, and in the same transaction the end of what it needs no longer."""
+        with self.together():
+            self._exchanges.note(run.run_id, group, facts, partial)
+            self.forget(forget, self.ready(run))
+
+    def end_rounds(self, run: Run, through: int, kept: Iterable[str]) -> None:
+        """Drop every exchange up to this round, and their messages but the ``kept`` instructions."""
+        with self.together():
+            self.forget(without(self._exchanges.remove(run.run_id, through), kept), self.ready(run))
+
+    def discard(self, run: Run, group: str) -> None:
+        """Drop one exchange and its messages."""
+        with self.together():
+            self.forget(self._exchanges.discard(run.run_id, group), self.ready(run))
 
     def accept(self, request: bytes, contents: Iterable[tuple[str, bytes]], node: int, public_pem: bytes) -> None:
         """A whole reply: a PushMessagesRequest and every object of its tree (id, content), in one transaction.
@@ -277,65 +266,17 @@ class LinkStore:
             query += "object_push_session_roots WHERE root_object_id=:m)"  # an upload of it in Flower's calls, cut off
             self._state.query(query, {"m": message_id})
             try:
-                self._add(run_id, contents, "reply")
+                self._objects.add(run_id, contents, "reply")
             except IntegrityError as error:
                 raise FleetRefused(400, error.message) from None
-            self._sweep([reply.metadata.reply_to_message_id])
-
-    def _known(self, object_ids: Iterable[str]) -> set[str]:
-        """Which of these objects are stored whole."""
-        query = (
-            "SELECT object_id FROM objects WHERE is_available=1 AND object_id IN (SELECT value FROM json_each(:ids))"
-        )
-        return {row["object_id"] for row in self._state.query(query, {"ids": json.dumps(list(object_ids))})}
-
-    def _add(self, run_id: int, contents: Iterable[tuple[str, bytes]], origin: str) -> None:
-        """What ObjectStore.preregister and put do for one object at a time (some eight statements), for all at once."""
-        run, query = self._m.utils.uint64_to_int64(run_id), self._state.query
-        rows: list[dict[str, Any]] = []
-        edges: list[dict[str, Any]] = []
-
-        def flush() -> None:
-            if rows:
-                query(_ADD_OBJECT, rows)
-                query("INSERT OR IGNORE INTO run_objects (run_id, object_id) VALUES (:run, :id)", rows)
-                rows.clear()
-
-        size = 0
-        for object_id, content in contents:
-            rows.append({"id": object_id, "content": content, "run": run})
-            edges += [{"parent": object_id, "child": child} for child in _children_of(content, origin)]
-            size += len(content)
-            if size > _BATCH_BYTES:
-                flush()
-                size = 0
-        flush()
-        if edges:
-            if {edge["child"] for edge in edges} - self._known({edge["child"] for edge in edges}):
-                raise IntegrityError(f"{origin}: it refers to objects that are not there")
-            query(_COUNT_EDGE, edges)
-            query("INSERT OR IGNORE INTO object_children (parent_id, child_id) VALUES (:parent, :child)", edges)
-
-    def _sweep(self, roots: Iterable[str]) -> None:
-        """What ObjectStore.delete does for one object at a time: drop roots that nothing refers to, and what then falls."""
-        query, level = self._state.query, list(roots)
-        while level:
-            free = query(_FREE, {"ids": json.dumps(level)})
-            ids = {"ids": json.dumps([row["object_id"] for row in free])}
-            below = query(
-                "SELECT child_id AS c FROM object_children WHERE parent_id IN (SELECT value FROM json_each(:ids))", ids
-            )
-            query("DELETE FROM objects WHERE object_id IN (SELECT value FROM json_each(:ids))", ids)
-            if below:
-                query("UPDATE objects SET ref_count=ref_count-1 WHERE object_id=:c AND ref_count>0", below)
-            level = list({row["c"] for row in below})
+            self._objects.sweep([reply.metadata.reply_to_message_id])
 
     def ready(self, run: Run) -> dict[str, str]:
-        """instruction id -> reply id, of replies whose objects are all there."""
+        """instruction id -> reply id, of replies whose objects are all there, in the order of their arrival."""
         query = (
             "SELECT reply_to_message_id AS i, message_id AS m FROM message_res WHERE run_id=:r AND message_id NOT IN "
             "(SELECT root_object_id FROM object_push_session_roots JOIN object_push_sessions USING (session_id) "
-            "WHERE pending_count>0)"
+            "WHERE pending_count>0) ORDER BY rowid"
         )
         with self.together():
             rows = self._state.query(query, {"r": self._m.utils.uint64_to_int64(run.run_id)})
@@ -371,14 +312,14 @@ class LinkStore:
                     contents[object_id] = content
                 if len(contents) > wire.MAX_OBJECTS:
                     raise IntegrityError(f"{origin}: more than {wire.MAX_OBJECTS} objects in one message")
-                wanted = _children(contents, wanted, origin)
+                wanted = children(contents, wanted, origin)
         return inflate(message_id, contents, origin=origin)
 
     def forget(self, message_ids: Iterable[str], ready: Mapping[str, str]) -> None:
         """Drop instructions, their replies and the objects of both."""
         ids = set(message_ids)
         with self.together():
-            self._sweep([*ids, *(ready[i] for i in ids if i in ready)])
+            self._objects.sweep([*ids, *(ready[i] for i in ids if i in ready)])
             self._state.delete_messages(ids)
 
     def pending(self, run: Run, group: str) -> dict[str, int]:
@@ -458,16 +399,3 @@ class _NotStored(Exception):
     def __init__(self, response: Any) -> None:
         super().__init__("not stored")
         self.response = response
-
-
-def _children_of(content: bytes, origin: str) -> list[str]:
-    try:
-        return list(dict.fromkeys(get_object_children_ids_from_object_content(content)))
-    except ValueError:
-        raise IntegrityError(f"{origin}: an object of the message is not readable") from None
-
-
-def _children(contents: Mapping[str, bytes], parents: Iterable[str], origin: str) -> list[str]:
-    """Ids that the heads of these objects name and that are not read yet."""
-    found = dict.fromkeys(child for parent in parents for child in _children_of(contents[parent], origin))
-    return [i for i in found if i not in contents]

@@ -1,0 +1,119 @@
+"""Runs by name and the exchanges of their rounds, kept in the SuperLink's own SQLite file.
+
+They change in the same transactions as Flower's messages, so that a server that was killed finds either both or none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+_TABLES = (
+    "CREATE TABLE IF NOT EXISTS fieldfleet_runs (name TEXT PRIMARY KEY, run_id INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS fieldfleet_exchanges (run_id INTEGER NOT NULL, name TEXT NOT NULL, round INTEGER NOT NULL, "
+    "asked TEXT NOT NULL, nodes TEXT NOT NULL, facts TEXT NOT NULL, partial BLOB NOT NULL, PRIMARY KEY (run_id, name))",
+)
+_ONE = "run_id=:r AND name=:g"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """The instructions of one group (such as ``train-7``) and what the engine noted of their replies.
+
+    asked: device name -> instruction id, "" where the store refused it. nodes: device name -> node id. facts: the engine's own JSON.
+    partial: what is counted already, as the engine encodes it; replies counted in it are not stored any more.
+    """
+
+    group: str
+    round: int
+    asked: Mapping[str, str]
+    nodes: Mapping[str, int]
+    facts: dict[str, Any] = field(default_factory=dict)
+    partial: bytes = b""
+
+
+class Exchanges:
+    """Every method belongs inside a transaction of the state. ``signed``: flwr's map of run ids to SQLite integers."""
+
+    def __init__(self, state: Any, signed: Callable[[int], int]) -> None:
+        self._query, self._signed = state.query, signed
+        for statement in _TABLES:
+            self._query(statement)
+
+    def runs(self) -> dict[str, int]:
+        """Name -> run id, as SQLite holds it (signed)."""
+        return {row["name"]: row["run_id"] for row in self._query("SELECT name, run_id FROM fieldfleet_runs")}
+
+    def name_run(self, name: str, run_id: int) -> None:
+        values = {"n": name, "r": self._signed(run_id)}
+        self._query(
+            "INSERT INTO fieldfleet_runs (name, run_id) VALUES (:n, :r) ON CONFLICT (name) DO UPDATE SET run_id=:r",
+            values,
+        )
+
+    def forget_run(self, run_id: int) -> None:
+        values = {"r": self._signed(run_id)}
+        self._query("DELETE FROM fieldfleet_exchanges WHERE run_id=:r", values)
+        self._query("DELETE FROM fieldfleet_runs WHERE run_id=:r", values)
+
+    def put(self, run_id: int, exchange: Exchange) -> None:
+        values = {
+            **self._key(run_id, exchange.group),
+            "n": exchange.round,
+            "a": json.dumps(dict(exchange.asked)),
+            "d": json.dumps(dict(exchange.nodes)),
+            "f": json.dumps(exchange.facts),
+            "p": exchange.partial,
+        }
+        self._query(
+            "INSERT OR REPLACE INTO fieldfleet_exchanges (run_id, name, round, asked, nodes, facts, partial) "
+            "VALUES (:r, :g, :n, :a, :d, :f, :p)",
+            values,
+        )
+
+    def note(self, run_id: int, group: str, facts: Mapping[str, Any], partial: bytes | None) -> None:
+        """New facts; the partial result stays as it is when ``partial`` is None."""
+        values = {**self._key(run_id, group), "f": json.dumps(facts), "p": partial or b""}
+        kept = "" if partial is None else ", partial=:p"
+        self._query(f"UPDATE fieldfleet_exchanges SET facts=:f{kept} WHERE {_ONE}", values)  # noqa: S608 own names
+
+    def get(self, run_id: int, group: str) -> Exchange | None:
+        rows = self._query(
+            f"SELECT round, asked, nodes, facts, partial FROM fieldfleet_exchanges WHERE {_ONE}",  # noqa: S608 own names
+            self._key(run_id, group),
+        )
+        if not rows:
+            return None
+        row = rows[0]
+        return Exchange(
+            group=group,
+            round=int(row["round"]),
+            asked=json.loads(row["asked"]),
+            nodes=json.loads(row["nodes"]),
+            facts=json.loads(row["facts"]),
+            partial=bytes(row["partial"]),
+        )
+
+    def remove(self, run_id: int, through: int) -> list[str]:
+        """Drop the exchanges of all rounds up to this one; returns the ids of their instructions."""
+        values = {"r": self._signed(run_id), "n": through}
+        found = self._query("SELECT asked FROM fieldfleet_exchanges WHERE run_id=:r AND round<=:n", values)
+        self._query("DELETE FROM fieldfleet_exchanges WHERE run_id=:r AND round<=:n", values)
+        return [i for row in found for i in json.loads(row["asked"]).values() if i]
+
+    def discard(self, run_id: int, group: str) -> list[str]:
+        """Drop one exchange; returns the ids of its instructions."""
+        found = self.get(run_id, group)
+        self._query(f"DELETE FROM fieldfleet_exchanges WHERE {_ONE}", self._key(run_id, group))  # noqa: S608 own names
+        return [i for i in found.asked.values() if i] if found else []
+
+    def _key(self, run_id: int, group: str) -> dict[str, Any]:
+        return {"r": self._signed(run_id), "g": group}
+
+
+def without(ids: Iterable[str], kept: Iterable[str]) -> list[str]:
+    """``ids`` less ``kept``, in order."""
+    keep = set(kept)
+    return [i for i in ids if i not in keep]

@@ -1,0 +1,101 @@
+"""What one training round has counted: the aggregator's state and the record, for replies in time and a round late."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import Message
+
+from fl_core.algorithms.base import Aggregator, Update
+from fl_core.contracts import arrays as array_format
+from fl_core.contracts.arrays import Arrays
+from fl_core.contracts.errors import IntegrityError
+from fl_core.contracts.sections import AlgorithmConfig
+from fl_core.flower.grid import StreamGrid
+from fl_core.flower.messages import Reply
+from fl_server.exchange import Talk
+from fl_server.history import RoundRecord
+from fl_server.screening import read_reply, screen_update
+
+Stale = Mapping[str, tuple[str, int]]  # device name -> (instruction id, round in which it was asked)
+
+
+class Tally:
+    """One at a time is in memory: a reply is screened, added to the sums and dropped.
+
+    stale: instructions of the round before that were not answered in its time (``algorithm.late = "next"``). Such a
+    reply counts with ``late_weight`` times its weight, and only if its device has no usable reply in this round.
+    """
+
+    def __init__(
+        self, aggregator: Aggregator, settings: AlgorithmConfig, reference: Arrays, record: RoundRecord, stale: Stale
+    ) -> None:
+        self.aggregator, self.settings, self.reference, self.record = aggregator, settings, reference, record
+        self.stale = dict(stale)
+        self.state = aggregator.begin(record.round, reference)
+        self._arrived: list[str] | None = None  # the stale replies that count, once that is decided
+
+    def look(self, name: str, message: Message) -> int:
+        reply = read_reply(message, name)
+        self._add(name, reply, 1.0)
+        self.record.clients[name], self.record.num_examples[name] = dict(reply.metrics), reply.num_examples
+        return sum(a.nbytes for a in reply.arrays.values())
+
+    def _add(self, name: str, reply: Reply, factor: float) -> None:
+        screen_update(reply, self.reference, name, max_norm=self.settings.max_update_norm)
+        weight = float(reply.num_examples) * factor
+        self.aggregator.add(self.state, Update(arrays=reply.arrays, weight=weight, extra=reply.extra))
+
+    # across a restart
+
+    def facts(self) -> dict[str, Any]:
+        record = self.record
+        return {
+            "clients": record.clients,
+            "num_examples": record.num_examples,
+            "skipped": record.skipped,
+            "arrived": self._arrived,
+        }
+
+    def partial(self) -> bytes | None:
+        """The sums so far; None where the algorithm holds whole updates: these stay in the store until the round ends."""
+        return None if self.state.held else array_format.to_bytes(self.aggregator.save(self.state))
+
+    def take_up(self, talk: Talk) -> None:
+        """What an interrupted engine had counted and decided in this round."""
+        noted = talk.noted
+        self.record.skipped = dict(noted.get("skipped", {}))
+        self._arrived = noted.get("arrived")
+        if talk.exchange is not None and talk.exchange.partial:
+            table = array_format.from_bytes(talk.exchange.partial, origin=f"round {self.record.round}")
+            state = self.aggregator.load(table, self.reference)
+            if state is None:
+                raise IntegrityError(f"round {self.record.round}: its partial result holds no sums")
+            self.state = state
+            self.record.clients, self.record.num_examples = dict(noted["clients"]), dict(noted["num_examples"])
+
+    # replies of the round before
+
+    def decide_stale(self, grid: StreamGrid) -> None:
+        """Which late replies are here now; noted with the end of the exchange, so that a restart decides the same."""
+        ids = {i for i, _ in self.stale.values()}
+        ready = grid.wait_ready(ids, 0.0) if ids else set()
+        self._arrived = sorted(name for name, (i, _) in self.stale.items() if i in ready)
+
+    def count_stale(self, grid: StreamGrid) -> None:
+        for name in self._arrived or []:
+            if name in self.stale and name not in self.record.clients:
+                self._count_stale(grid, name, *self.stale[name])
+
+    def _count_stale(self, grid: StreamGrid, name: str, message_id: str, asked_in: int) -> None:
+        try:
+            if not grid.knows(name):
+                raise IntegrityError(f"{name}: revoked, or registered no longer")
+            found = list(grid.pull_messages([message_id]))
+            if not found:
+                raise IntegrityError(f"{name}: no readable reply")
+            self._add(name, read_reply(found[0], name), self.settings.late_weight)
+            self.record.late_counted[name] = asked_in
+        except IntegrityError as error:
+            self.record.refused.setdefault(name, f"a round late: {error.message}")
