@@ -187,9 +187,9 @@ def test_wire_messages(message: str, fields: set[str]) -> None:
 def test_arrays_are_cut_into_small_pieces() -> None:
     from flwr.app import Array
 
-    from fl_core.flower import adapter
+    from fl_core.flower.adapter import messages
 
-    assert adapter.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == 1 << 20
+    assert messages.array.FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == 1 << 20
     pieces = Array(np.zeros(3 << 20, np.uint8)).children
     assert pieces is not None
     assert max(len(piece.deflate()) for piece in pieces.values()) < (1 << 20) + 100

@@ -66,13 +66,13 @@ def test_the_same_rows_after_any_sequence(stores: tuple[LinkStore, LinkStore], s
     for add, (tree, contents) in steps:
         if add:
             with ours.together():
-                ours._add(7, contents.items(), "test")
+                ours._objects.add(7, contents.items(), "test")
             missing = flower._store.preregister(7, tree)
             for name in missing:
                 flower._store.put(name, contents[name])
         else:
             with ours.together():
-                ours._sweep([tree.object_id])
+                ours._objects.sweep([tree.object_id])
             flower._store.delete(tree.object_id)
         assert content_of(ours) == content_of(flower)
 
@@ -82,5 +82,5 @@ def test_a_reference_to_nothing_is_refused_and_undone(stores: tuple[LinkStore, L
     ours._store.clear()
     tree, contents = make("RecordDict", [make("ArrayRecord", [], 0)], 0)
     with pytest.raises(IntegrityError, match="not there"), ours.together():
-        ours._add(7, [(tree.object_id, contents[tree.object_id])], "test")
+        ours._objects.add(7, [(tree.object_id, contents[tree.object_id])], "test")
     assert content_of(ours) == [[], [], []]

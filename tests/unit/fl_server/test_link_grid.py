@@ -14,8 +14,9 @@ from flwr.app import Message, MessageType
 
 from fl_clients.connection import Unreachable
 from fl_clients.training.fleet import FleetClient, Gone, Instruction
-from fl_core.contracts.errors import IntegrityError, RefusedError
+from fl_core.contracts.errors import IntegrityError, Interrupted, RefusedError
 from fl_core.flower import adapter, wire
+from fl_core.flower.adapter import Exchange
 from fl_core.flower.messages import Reply, Request
 from fl_core.flower.records import packed, packed_size
 from fl_server.link_grid import LinkGrid
@@ -258,13 +259,55 @@ def test_the_end_of_a_run_is_told_to_devices(superlink: SuperLink, tmp_path: Pat
     assert rows(superlink) == (0, 0, 0)
 
 
-def test_a_new_run_removes_what_an_earlier_one_left(superlink: SuperLink, tmp_path: Path) -> None:
+def test_a_run_goes_on_under_its_name_and_ends_when_it_is_closed(superlink: SuperLink, tmp_path: Path) -> None:
     client = joined(superlink, tmp_path, "van-1")
-    send(superlink.grid(), client)
-    assert rows(superlink)[0] == 1
-    assert superlink.grid().run.run_id
+    first, other = superlink.grid("one"), superlink.grid("two")
+    message_id = send(first, client)
+    again = superlink.grid("one")
+    assert again.run.run_id == first.run.run_id != other.run.run_id
+    assert again.pending("train-1") == {message_id: client.node.node_id}
+    assert superlink.store.open_runs() == ["one", "two"]
+    again.close(completed=True)
+    assert superlink.store.open_runs() == ["two"]
     assert rows(superlink) == (0, 0, 0)
     assert client.pull() is None
+    assert superlink.grid("one").run.run_id != first.run.run_id
+
+
+def test_runs_side_by_side_get_their_own_replies(superlink: SuperLink, tmp_path: Path) -> None:
+    client = joined(superlink, tmp_path, "van-1")
+    grids = [superlink.grid("one"), superlink.grid("two")]
+    ids = [send(grid, client) for grid in grids]
+    for _ in grids:
+        instruction = client.receive(0)
+        assert instruction is not None
+        client.push(answer(instruction))
+    for grid, message_id in zip(grids, ids, strict=True):
+        assert grid.wait_ready(set(ids), 5) == {message_id}
+        (reply,) = grid.pull_messages(ids)
+        assert reply.metadata.run_id == grid.run.run_id
+
+
+def test_what_is_noted_of_an_exchange_outlives_the_grid(superlink: SuperLink, tmp_path: Path) -> None:
+    client, node = joined(superlink, tmp_path, "van-1"), 12345
+    grid, names = superlink.grid(), {"van-0": node, "van-1": client.node.node_id}
+    messages = [grid.create_message(request(1).to_record(), MessageType.TRAIN, n, "train-1") for n in names.values()]
+    exchange = Exchange(group="train-1", round=1, asked=dict.fromkeys(names, ""), nodes=names, facts={"a": 1})
+    sent = grid.send(exchange, messages)
+    assert sent.asked["van-0"] == "", "no such node"
+    again = superlink.grid()
+    assert again.recall("train-1") == sent
+    again.note(sent, {"a": 2}, partial=b"sums")
+    again.note(sent, {"a": 3}, late=[sent.asked["van-1"]])
+    found = superlink.grid().recall("train-1")
+    assert found is not None
+    assert (found.facts, found.partial, found.nodes) == ({"a": 3}, b"sums", names)
+    assert again.device_names() == {}, "late: offline until it is heard from"
+    again.end_rounds(1, [sent.asked["van-1"]])
+    assert again.recall("train-1") is None
+    assert again.pending("train-1") == {sent.asked["van-1"]: client.node.node_id}
+    again.forget([sent.asked["van-1"]])
+    assert rows(superlink) == (0, 0, 0)
 
 
 def test_an_error_reply_made_without_flwr_arrives(superlink: SuperLink, tmp_path: Path) -> None:
@@ -365,7 +408,8 @@ def test_stopping_ends_every_wait(tmp_path: Path) -> None:
         message_id, done = send(grid, client), threading.Event()
 
         def engine() -> None:
-            assert grid.wait_ready({message_id}, 60) == set()
+            with pytest.raises(Interrupted):
+                grid.wait_ready({message_id}, 60)
             done.set()
 
         threading.Thread(target=engine, daemon=True).start()
