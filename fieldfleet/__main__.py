@@ -22,6 +22,8 @@ ROOMS = (
     "fieldfleet.demo_command",
     "fieldfleet.doctor",
 )
+# A device's long-lived process does not pay for what the other rooms import.
+LIGHT = {"agent": "fl_clients.commands"}
 EXTRAS = {
     "torch": "train",
     "flwr": "server",
@@ -40,19 +42,21 @@ EXTRAS = {
 EPILOG = "exit codes: 0 done, 1 a goal or check was missed, 2 wrong input, 3 environment, 4 refused or unreachable, 130 interrupted"
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(rooms: Sequence[str] = ROOMS) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fieldfleet", description="Federated and edge learning on Flower.", epilog=EPILOG
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in ROOMS:
+    for room in rooms:
         importlib.import_module(room).add_commands(subparsers)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     set_off_switches()
-    args = build_parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    light = LIGHT.get(words[0]) if words else None
+    args = build_parser([light] if light else ROOMS).parse_args(words)
     start_logging(verbose=args.verbose)
     try:
         return int(args.run(args) or 0)

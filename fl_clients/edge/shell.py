@@ -33,14 +33,15 @@ from fl_core.identity.keys import load_private_key
 from fl_core.link import topics
 from fl_core.link.backoff import Backoff
 from fl_core.link.envelope import Envelope
-from fl_core.runtime.machine import release_library_pages, resident_bytes
+from fl_core.runtime.machine import release_library_pages, resident_bytes, return_memory_early
 
 LOG = logging.getLogger(__name__)
 TICK_S = 5.0
 JOIN_S = 5.0
 CONNECT_S = 10.0
 FIRST_RETRY_S = 30.0
-TELEMETRY = "telemetry"
+TELEMETRY, SETTLE = "telemetry", "settle"
+FIRST_SETTLE_S, SETTLE_S = 20.0, 1_800.0  # give back what only the start, or a burst of work, needed of the libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,7 @@ class Agent:
 
     def run(self) -> None:
         """With ``once`` it raises what kept it from its task."""
+        return_memory_early()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda _number, _frame: self.request_stop())
@@ -115,7 +117,6 @@ class Agent:
                 if (known := stored_welcome(self.home)) is not None:  # a device starts without its network, too
                     self._welcomed(known)
                 self._thread("agent-contact", lambda: self.keeper.run(self.stop))
-                release_library_pages()
                 self._loop()
         finally:
             self._end()
@@ -168,12 +169,14 @@ class Agent:
                 duties.UPDATE: intervals.update_s,
                 duties.INFER: intervals.infer_s if self.options.infer else 0.0,
                 TELEMETRY: intervals.telemetry_s if self.settings.mqtt.enabled else 0.0,
+                SETTLE: SETTLE_S,
             }
         )
 
     def _loop(self) -> None:
         schedule = self._schedule
         schedule.start(time.monotonic())
+        schedule.hasten(SETTLE, time.monotonic() + FIRST_SETTLE_S)
         while not self.stop.is_set():
             wait = schedule.seconds_left(time.monotonic(), at_most=TICK_S)
             if self.link.session is None:
@@ -184,6 +187,8 @@ class Agent:
             for duty in schedule.take_due(time.monotonic()):
                 if duty == TELEMETRY:
                     self._guarded(self._tell_telemetry)
+                elif duty == SETTLE:
+                    release_library_pages()
                 else:
                     self.work.put(Task(duty))
 
