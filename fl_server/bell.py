@@ -44,6 +44,13 @@ class Bell:
         for listener in self._listeners:
             listener(rung)
 
+    def ring_doors(self) -> None:
+        """End every long poll now, without a message: there is something to hear in the answer."""
+        for node in list(self._doors):
+            if (entry := self._doors.get(node)) is not None:
+                loop, event = entry
+                loop.call_soon_threadsafe(event.set)
+
     def ring_engine(self) -> None:
         """A reply is complete, or a device came or went."""
         with self.condition:

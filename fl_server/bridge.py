@@ -126,6 +126,11 @@ class Bridge:
                 Outgoing(topic=self._topic(name, topics.COMMAND), payload=message, expiry_s=WAKE_EXPIRY_S)
             )
 
+    def desire(self, name: str, body: Mapping[str, Any]) -> None:
+        """What this device should be: kept by the broker, and heard by the device now or when it connects."""
+        message = encode(Envelope(type="desired", body=dict(body)))
+        self.session.publish(Outgoing(topic=self._topic(name, topics.DESIRED), payload=message, retain=True))
+
     # the thread
 
     def _run(self) -> None:

@@ -66,6 +66,8 @@ class Endpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             response = await self._answer(Request(scope, receive))
+            if (generation := self._repository.generation()) is not None:
+                response.headers[wire.REPOSITORY_HEADER] = str(generation)
             await response(scope, receive, send)
         elif scope["type"] == "lifespan":
             await _lifespan(receive, send)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fl_core.contracts.errors import EnvironmentFault
 from fl_core.link.session import BrokerAddress
@@ -15,9 +16,12 @@ from fl_server.bridge import Bridge, Event
 from fl_server.broker import Accounts, EmbeddedBroker
 from fl_server.home import ServerHome
 from fl_server.registry import Registry
+from fl_server.repository_files import RepositoryFiles
+from fl_server.repository_watch import RepositoryWatch
 from fl_server.tunnel import TunnelServer
 
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 compared, not bound
+DOWNLOADS_PER_SECOND = 50.0
 SESSION_EXPIRY_S = 7 * 86_400
 
 
@@ -35,6 +39,9 @@ class FieldService:
         settings = home.settings.mqtt
         self.broker: EmbeddedBroker | None = None
         self.bridge: Bridge | None = None
+        self._registry, self._on_event = registry, on_event
+        self._files = RepositoryFiles(home.repository)
+        self._watch = RepositoryWatch(self._files, lambda generation: self._desire(self._names()))
         if settings.mode == "off":
             return
         if settings.mode == "embedded":
@@ -47,7 +54,7 @@ class FieldService:
                 admit_devices=False,
             )
         self.bridge = Bridge(
-            home.path, home.settings.fleet, service_address(home, SERVER_ACCOUNT), on_event=on_event, tunnel=tunnel
+            home.path, home.settings.fleet, service_address(home, SERVER_ACCOUNT), on_event=self._heard, tunnel=tunnel
         )
 
     def start(self) -> None:
@@ -59,11 +66,14 @@ class FieldService:
                 self.bridge.start()
                 if self.broker is not None:
                     self.broker.admit()
+                self._desire(self._names())
+                self._watch.start()
             except BaseException:
                 self.stop()
                 raise
 
     def stop(self) -> None:
+        self._watch.stop()
         if self.bridge is not None:
             self.bridge.stop()
         if self.broker is not None:
@@ -73,6 +83,24 @@ class FieldService:
         """Ring devices that have a message waiting."""
         if self.bridge is not None:
             self.bridge.wake(names)
+
+    def _heard(self, event: str, device: str, facts: Mapping[str, Any]) -> None:
+        if event == "birth":
+            self._desire([device])
+        if self._on_event is not None:
+            self._on_event(event, device, facts)
+
+    def _names(self) -> list[str]:
+        return [device.name for device in self._registry.devices() if not device.revoked]
+
+    def _desire(self, names: Sequence[str]) -> None:
+        """Tell devices which models the repository offers; a large fleet is asked to come one after the other."""
+        generation = self._files.generation()
+        if self.bridge is None or generation is None:
+            return
+        body = {"repository": generation, "models": self._files.offers(), "spread_s": len(names) / DOWNLOADS_PER_SECOND}
+        for name in names:
+            self.bridge.desire(name, body)
 
 
 def service_address(home: ServerHome, account: str) -> BrokerAddress:

@@ -21,6 +21,7 @@ from fl_server.endpoint import Endpoint
 from fl_server.home import ServerHome
 from fl_server.link_grid import LinkGrid
 from fl_server.repository_files import RepositoryFiles
+from fl_server.repository_watch import RepositoryWatch
 from fl_server.tunnel import TunnelServer
 
 KEEP_ALIVE_SECONDS = 300  # else each slow poll pays a TLS handshake
@@ -68,6 +69,7 @@ class SuperLink:
             self._socket.close()
             raise
         self._files = RepositoryFiles(home.repository)
+        self._watch = RepositoryWatch(self._files, lambda generation: self.bell.ring_doors())
         self._endpoint = Endpoint(self.store, self.directory, self.bell, self._files, self._welcome)
         self.tunnel = TunnelServer(
             self._endpoint, fleet=home.settings.fleet, certificate=home.certificate, key=home.certificate_key
@@ -107,9 +109,11 @@ class SuperLink:
             raise EnvironmentFault("the HTTPS server did not start", remedy="run again with --verbose")
         assert self._server.loop is not None
         self.tunnel.start(self._server.loop)
+        self._watch.start()
 
     def stop(self) -> None:
         """Waiting devices are told to come back later; requests under way get a few seconds."""
+        self._watch.stop()
         self.bell.close()
         self.tunnel.stop()
         self._server.should_exit = True

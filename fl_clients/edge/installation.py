@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -83,7 +84,12 @@ class Update:
         self.floor.raise_to(utc_now())
         before = self.slots.state()
         decision = decide(before, index.version)
-        facts: dict[str, Any] = {"application": index.application, "channel": index.channel, "previous": before.version}
+        facts: dict[str, Any] = {
+            "application": index.application,
+            "channel": index.channel,
+            "previous": before.version,
+            "repository": self._generation(),
+        }
         if decision == "downgrade":
             raise IntegrityError(
                 f"the channel offers version {index.version}, older than {max(before.highest, before.version or 0)}",
@@ -106,6 +112,14 @@ class Update:
             "self_test": report,
             **facts,
         }
+
+    def _generation(self) -> int | None:
+        """Of the repository, as it was just verified: grows with each publication."""
+        try:
+            version = json.loads((self.work / "metadata" / "snapshot.json").read_bytes())["signed"]["version"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return version if type(version) is int else None
 
     def _client(self) -> Updater:
         metadata = self.work / "metadata"

@@ -14,7 +14,7 @@ from fl_clients.connection import open_transport
 from fl_clients.edge.inference_process import InferenceProcess
 from fl_clients.edge.settings import AgentHome, AgentSettings
 from fl_clients.edge.slots import Slots
-from fl_clients.edge.updater import update
+from fl_clients.edge.updater import UpdateResult, update
 from fl_clients.edge.welcome import enter_or_remember, pinned_root, root_file, stored_welcome
 from fl_core.contracts.errors import EnvironmentFault, InputError, unknown_name
 from fl_core.identity.keys import PrivateKey
@@ -46,8 +46,8 @@ class Models:
             )
         return (application,) if application else self.names
 
-    def update(self, application: str) -> bool:
-        """Fetch, verify, test and switch in a child process; True when another model is in use now.
+    def update(self, application: str) -> UpdateResult:
+        """Fetch, verify, test and switch in a child process.
 
         Raises a FieldfleetError when the update is refused; the model in use then stays.
         """
@@ -76,7 +76,7 @@ class Models:
             ca=self.home.ca_file,
         )
         self.process.reload(application)
-        return result.changed
+        return result
 
     def current(self, application: str) -> dict[str, Any] | None:
         """Facts of the model in use; None before the first update."""

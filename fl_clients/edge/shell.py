@@ -8,6 +8,7 @@ training run in processes of their own. Decisions are in ``duties``, jobs in ``w
 from __future__ import annotations
 
 import logging
+import random
 import signal
 import sys
 import threading
@@ -24,8 +25,10 @@ from fl_clients.edge.contact import ContactKeeper
 from fl_clients.edge.duties import JobDesk, Schedule, reply_body
 from fl_clients.edge.field_link import FieldLink
 from fl_clients.edge.models import Models, NothingPublished
+from fl_clients.edge.offers import Offer, Offers
 from fl_clients.edge.settings import AgentHome, AgentSettings
 from fl_clients.edge.training import Training, worker_command
+from fl_clients.edge.updater import UpdateResult
 from fl_clients.edge.welcome import enter, enter_or_remember, stored_welcome
 from fl_clients.edge.work import Task, Work
 from fl_core.contracts.errors import InputError
@@ -40,6 +43,7 @@ TICK_S = 5.0
 JOIN_S = 5.0
 CONNECT_S = 10.0
 FIRST_RETRY_S = 30.0
+TOLD_UPDATE_S = 6 * 3_600.0
 TELEMETRY, SETTLE = "telemetry", "settle"
 FIRST_SETTLE_S, SETTLE_S = 20.0, 1_800.0  # give back what only the start, or a burst of work, needed of the libraries
 
@@ -85,6 +89,8 @@ class Agent:
             changed=self.link.announce,
             complete=lambda: self.link.session is None or self.link.connected,
         )
+        self.offers = Offers({name: settings.of(name).channel for name in settings.device.names})
+        self._looked_at: float | None = None  # at the repository; None: a look is due
         self._begun = False
         self._schedule = self._duties()
         self._update_backoff = Backoff(FIRST_RETRY_S, settings.intervals.update_s)
@@ -189,8 +195,13 @@ class Agent:
                     self._guarded(self._tell_telemetry)
                 elif duty == SETTLE:
                     release_library_pages()
-                else:
+                elif duty != duties.UPDATE or self._should_look():
                     self.work.put(Task(duty))
+
+    def _should_look(self) -> bool:
+        """While the server tells of new models, regular looks at its repository are few."""
+        told = self.link.connected or self.training.state == "joined"
+        return not told or self._looked_at is None or time.monotonic() - self._looked_at > TOLD_UPDATE_S
 
     def _tell_telemetry(self) -> None:
         self.link.report(TELEMETRY, self.facts(), droppable=True)
@@ -221,7 +232,8 @@ class Agent:
 
     def _take(self, kind: str, message: Envelope) -> None:
         if kind == topics.DESIRED:
-            self.work.put(Task(duties.UPDATE))
+            if (offer := Offer.from_body(message.body)) is not None:
+                self._hear(offer)
             return
         step = self.desk.decide(message)
         if step == "ring":
@@ -256,6 +268,15 @@ class Agent:
         finally:
             self.desk.done(job_id)
 
+    def _hear(self, offer: Offer) -> None:
+        """The repository has changed: look at it, but not together with every other device of the fleet."""
+        models = self.models.currents()
+        installed = {name: model["version"] if model is not None else None for name, model in models.items()}
+        if self.offers.hear(offer, installed) and not self.work.is_open(duties.UPDATE):  # else see ``updated``
+            self._looked_at = None
+            self._schedule.hasten(duties.UPDATE, time.monotonic() + random.uniform(0.0, offer.spread_s))
+            self.link.ring()
+
     # what the work tells
 
     def done(self, task: Task, body: dict[str, Any]) -> None:
@@ -264,8 +285,12 @@ class Agent:
         if task.job_id and not self.stop.is_set():  # else it stays open, and is run when it is sent again
             self._finish(task.job_id, task.kind, body)
 
-    def changed(self) -> None:
-        self.link.announce()
+    def updated(self, application: str, result: UpdateResult) -> None:
+        generation = result.facts.get("repository")
+        if self.offers.looked(application, generation if type(generation) is int else None):
+            self.work.put(Task(duties.UPDATE, application=application))
+        if result.changed:
+            self.link.announce()
 
     def inferred(self, report: dict[str, Any]) -> None:
         self.link.report("inference", report)
@@ -275,8 +300,10 @@ class Agent:
         """An update that failed is not put off until the next regular check."""
         error = self.work.error_of(duties.UPDATE)
         if error is None or isinstance(error, (NothingPublished, InputError)):
+            self._looked_at = time.monotonic()
             self._update_backoff.reset()
         else:
+            self._looked_at = None
             self._schedule.hasten(duties.UPDATE, time.monotonic() + self._update_backoff.next())
 
     # what the fleet link tells
@@ -286,6 +313,8 @@ class Agent:
             self.keeper.ring_if_not_ok()
         elif event in ("away", "refused"):
             self.keeper.note("away" if event == "away" else "refused", str(facts.get("reason", "")))
+        elif event == "repository":
+            self._hear(Offer(int(facts["generation"])))
         elif event == "worker_failed":
             self._guarded(self.link.report, "worker-failed", dict(facts))
         if event in ("joined", "away", "refused", "worker_failed"):

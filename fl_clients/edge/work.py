@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import queue
+import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fl_clients.edge.duties import INFER, UPDATE, reply_body
 from fl_clients.edge.models import Models, NothingPublished
+from fl_clients.edge.updater import UpdateResult
 from fl_core.contracts.errors import EnvironmentFault, FieldfleetError
 
 LOG = logging.getLogger(__name__)
@@ -29,7 +32,7 @@ class Listener(Protocol):
 
     def done(self, task: Task, body: dict[str, Any]) -> None: ...
 
-    def changed(self) -> None: ...
+    def updated(self, application: str, result: UpdateResult) -> None: ...
 
     def inferred(self, report: dict[str, Any]) -> None: ...
 
@@ -43,10 +46,18 @@ class Work:
         self.inferences: dict[str, dict[str, Any]] = {}
         self.last_inference: dict[str, Any] | None = None
         self._inferred: dict[str, int] = {}
+        self._open: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
 
     def put(self, task: Task) -> None:
+        with self._counting:
+            self._open[task.kind] += 1
         self._tasks.put(task)
+
+    def is_open(self, kind: str) -> bool:
+        """Such a job waits or runs."""
+        return self._open[kind] > 0
 
     def end(self) -> None:
         self._tasks.put(None)
@@ -57,6 +68,9 @@ class Work:
                 self._do(task)
             except Exception:  # a full disk under the outbox, say: the job stays open, and the server repeats it
                 LOG.exception("agent: %s", task.kind)
+            finally:
+                with self._counting:
+                    self._open[task.kind] -= 1
 
     def error_of(self, kind: str) -> FieldfleetError | None:
         return next((error for (found, _), error in self.errors.items() if found == kind), None)
@@ -112,10 +126,9 @@ class Work:
         self.errors[kind, name] = error
 
     def _update(self, name: str) -> dict[str, Any]:
-        changed = self.models.update(name)
-        if changed:
-            self._listener.changed()
-        return {"changed": changed, "model": self.models.current(name)}
+        result = self.models.update(name)
+        self._listener.updated(name, result)
+        return {"changed": result.changed, "model": self.models.current(name)}
 
     def _infer(self, name: str) -> dict[str, Any]:
         report = self.inferences[name] = self.last_inference = self.models.infer(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fl_clients.connection import Answer, Transport, Unreachable
@@ -24,13 +24,22 @@ class ObjectGone(Exception):
 
 
 def receive(
-    connection: Transport, path: str, body: bytes, *, timeout: float, headers: dict[str, str]
+    connection: Transport,
+    path: str,
+    body: bytes,
+    *,
+    timeout: float,
+    headers: dict[str, str],
+    hear: Callable[[Iterable[tuple[str, str]]], None],
 ) -> Answer | Received | None:
     """(envelope, objects by id) of the next message, None when there is none, or the server's refusal.
+
+    hear(headers) is called with those of the answer.
 
     Raises NotOffered, ObjectGone, Unreachable, or IntegrityError for what is not the message it claims to be.
     """
     with connection.stream("POST", path, body, timeout=timeout, headers=headers) as response:
+        hear(response.getheaders())
         if response.status == 204:
             return None
         if response.status != 200:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,6 +54,7 @@ class FleetClient:
 
     def __init__(self, connection: Transport, *, bulk: bool = True) -> None:
         self.connection, self.bulk, self.node = connection, bulk, wire.Node(node_id=0)
+        self.repository: int | None = None  # the server's last word on it: grows with each publication
 
     def activate(self, node_id: int) -> None:
         """Close our own old session, if any, and open a new one: a restarted device is back at once."""
@@ -142,7 +143,12 @@ class FleetClient:
         path = wire.PULL_PATH + _query(seconds, every, lost)
         try:
             found = bulk.receive(
-                self.connection, path, body, timeout=max(seconds + WAIT_MARGIN, STALL_TIMEOUT), headers=_HEADERS
+                self.connection,
+                path,
+                body,
+                timeout=max(seconds + WAIT_MARGIN, STALL_TIMEOUT),
+                headers=_HEADERS,
+                hear=self._hear,
             )
         except bulk.ObjectGone as gone:
             raise Gone(f"object {gone}") from None
@@ -201,8 +207,14 @@ class FleetClient:
 
     def _post(self, path: str, body: bytes, *, limit: int, timeout: float) -> Answer:
         answer = self.connection.request("POST", path, body, limit=limit, timeout=timeout, headers=_HEADERS)
+        self._hear(answer.headers.items())
         self._check(answer, path.partition("?")[0])
         return answer
+
+    def _hear(self, headers: Iterable[tuple[str, str]]) -> None:
+        for name, value in headers:
+            if name.lower() == wire.REPOSITORY_HEADER and value.isascii() and value.isdigit() and len(value) < 16:
+                self.repository = int(value)
 
     def _check(self, answer: Answer, path: str) -> None:
         if answer.status == 401:

@@ -39,7 +39,8 @@ class FleetLink:
     home: a folder of its own (``outbox/``). worker_command: the command line of the worker process.
     wake: set by someone who knows of new messages sooner (MQTT); while ``wake_ready()`` the link waits for it and asks
       the server only every ``poll_seconds``; otherwise it holds a long poll of that length.
-    on_event(name, facts): joined, away, refused, message, reply, worker_failed, dropped.
+    on_event(name, facts): joined, away, refused, message, reply, worker_failed, dropped,
+      repository (it has changed).
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class FleetLink:
         self.welcome: Welcome | None = None
         self._wake, self._wake_ready = wake, wake_ready or (lambda: wake is not None)
         self._poll, self._on_event = poll_seconds, on_event or (lambda name, facts: None)
+        self._repository: int | None = None
         self._stop = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
@@ -108,6 +110,7 @@ class FleetLink:
         self._flush()
         while not self._stop.is_set() and self._serve_next(0, lost=True):
             pass
+        self._tell_of_repository()
 
     def _step(self) -> None:
         self.worker.end_if_idle()
@@ -118,6 +121,13 @@ class FleetLink:
                 pass
         else:
             self._serve_next(self._poll)
+        self._tell_of_repository()
+
+    def _tell_of_repository(self) -> None:
+        found = self.client.repository
+        if found is not None and found != self._repository:
+            self._repository = found
+            self._tell("repository", generation=found)
 
     def _serve_next(self, seconds: float, *, lost: bool = False) -> bool:
         """Answer the next message, if one comes within ``seconds``; True when there was one."""

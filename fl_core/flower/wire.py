@@ -26,6 +26,7 @@ PULL_PATH = "/fieldfleet/v1/pull"
 PUSH_PATH = "/fieldfleet/v1/push"
 WELCOME_PATH = "/fieldfleet/v1/welcome"
 REPOSITORY_PATH = "/fieldfleet/v1/repository/"
+REPOSITORY_HEADER = "fieldfleet-repository"  # in each answer: a number that grows with each publication
 
 MAX_OBJECTS = 20_000  # of one message: some thousands of arrays, each of a few objects
 MAX_TREE_DEPTH = 16

@@ -42,7 +42,7 @@ def test_each_has_its_model_its_data_and_its_predictions(field: Field) -> None:
                 assert len(list(csv.DictReader(rows))) > 0
         _serves_both(state["roles"]["serve"])
         publish_bundle(mean_bundle(field.work / "driver-2", DRIVER, seed=1), field.home.repository)
-        assert field.ask("update", application=TOY)["changed"] is False
+        assert field.ask("update", application=TOY)["model"]["version"] == 1
         assert field.ask("update", application=DRIVER)["model"]["version"] == 2
         both = field.ask("infer")
         assert {name: body["model"]["version"] for name, body in both["applications"].items()} == {TOY: 1, DRIVER: 2}
