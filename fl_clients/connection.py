@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
 WELCOME_PATH = "/fieldfleet/v1/welcome"
 WELCOME_LIMIT = 1 << 20
+# A long poll is quiet for minutes: a dead way there is noticed after 3 minutes, and middle boxes remember a live one.
+KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+if hasattr(socket, "TCP_KEEPIDLE"):
+    KEEPALIVE += [
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 20),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    ]
 REGISTER_REMEDY = "on the server: fieldfleet server register device.pub --name NAME --home HOME"
 
 
@@ -207,6 +215,8 @@ class ServerConnection:
             self._http = http.client.HTTPSConnection(self.host, self.port, timeout=min(timeout, 15), context=self._tls)
             self._http.connect()
             self._http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for level, option, value in KEEPALIVE:
+                self._http.sock.setsockopt(level, option, value)
         self._http.sock.settimeout(timeout)
         return self._http
 

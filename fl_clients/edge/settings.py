@@ -100,14 +100,14 @@ class InferenceSettings:
 class MqttSettings:
     enabled: bool = config.flag(True)
     protocol: str = config.choice("auto", "auto", "5", "311")
-    keepalive_s: int = config.number(60, low=5, high=3_600)
+    keepalive_s: int = config.number(120, low=5, high=3_600)
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalSettings:
     update_s: float = config.number(3_600.0, low=1.0, high=30 * 86_400.0, help="between checks for a new model")
     infer_s: float = config.number(0.0, low=0.0, high=30 * 86_400.0, help="between runs; 0 = for each new model only")
-    telemetry_s: float = config.number(300.0, low=1.0, high=86_400.0)
+    telemetry_s: float = config.number(1_800.0, low=1.0, high=86_400.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,12 +298,12 @@ port = {grpc_port}
 [mqtt]
 enabled = true
 protocol = "auto"  # "5", "311" or "auto"
-keepalive_s = 60
+keepalive_s = 120
 
 [intervals]
-update_s = 3600.0     # between checks for a new model
+update_s = 3600.0     # between checks for a new model; fewer while the server tells of new ones
 infer_s = 0.0         # between runs on the data; 0 = for each new model only
-telemetry_s = 300.0
+telemetry_s = 1800.0
 """
 
 

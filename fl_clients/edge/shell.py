@@ -204,7 +204,8 @@ class Agent:
         return not told or self._looked_at is None or time.monotonic() - self._looked_at > TOLD_UPDATE_S
 
     def _tell_telemetry(self) -> None:
-        self.link.report(TELEMETRY, self.facts(), droppable=True)
+        facts = {key: value for key, value in self.facts().items() if key != "capabilities"}  # the state tells them
+        self.link.report(TELEMETRY, facts, droppable=True)
 
     @staticmethod
     def _guarded(step: Callable[..., None], *arguments: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from fl_clients.connection import CertificateRefused, Transport, Unreachable, Un
 from fl_clients.training.breaker import Breaker
 from fl_clients.training.fleet import FleetClient, Gone, Instruction
 from fl_clients.training.outbox import Outbox
+from fl_clients.training.poll_interval import FIRST_POLL_S, PollInterval
 from fl_clients.training.worker_process import Stopped, WorkerFailed, WorkerProcess
 from fl_core.contracts.errors import IntegrityError, RefusedError
 from fl_core.contracts.installed import package_version
@@ -38,7 +40,7 @@ class FleetLink:
     connection: the way to the server, for this link alone.
     home: a folder of its own (``outbox/``). worker_command: the command line of the worker process.
     wake: set by someone who knows of new messages sooner (MQTT); while ``wake_ready()`` the link waits for it and asks
-      the server only every ``poll_seconds``; otherwise it holds a long poll of that length.
+      the server only every ``safety_seconds``; otherwise it holds a long poll, of ``poll_seconds`` at first.
     on_event(name, facts): joined, away, refused, message, reply, worker_failed, dropped,
       repository (it has changed).
     """
@@ -52,7 +54,8 @@ class FleetLink:
         on_event: OnEvent | None = None,
         *,
         wake_ready: Callable[[], bool] | None = None,
-        poll_seconds: float = 60.0,
+        poll_seconds: float = FIRST_POLL_S,
+        safety_seconds: float = 1_500.0,
         idle_seconds: float = 300.0,
     ) -> None:
         self.connection = connection
@@ -62,7 +65,9 @@ class FleetLink:
         self.breaker = Breaker(home / "breaker.json", package_version("fieldfleet") or "")
         self.welcome: Welcome | None = None
         self._wake, self._wake_ready = wake, wake_ready or (lambda: wake is not None)
-        self._poll, self._on_event = poll_seconds, on_event or (lambda name, facts: None)
+        self._poll, self._safety = PollInterval(poll_seconds), safety_seconds
+        self._asked_at = -math.inf
+        self._on_event = on_event or (lambda name, facts: None)
         self._repository: int | None = None
         self._stop = threading.Event()
 
@@ -108,20 +113,38 @@ class FleetLink:
         self.client.activate(self.welcome.node_id)
         self._tell("joined", name=self.welcome.name, server=self.connection.url)
         self._flush()
-        while not self._stop.is_set() and self._serve_next(0, lost=True):
+        while not self._stop.is_set() and self._serve_next(0, every=self._poll.seconds, lost=True):
             pass
+        self._asked_at = -math.inf  # so that the server soon hears how long we shall be quiet
         self._tell_of_repository()
 
     def _step(self) -> None:
         self.worker.end_if_idle()
         if self._wake is not None and self._wake_ready():
-            self._wake.wait(self._poll)
-            self._wake.clear()
-            while not self._stop.is_set() and self._serve_next(0):
-                pass
+            self._wait_for_ring(self._wake)
         else:
-            self._serve_next(self._poll)
+            self._hold_poll()
         self._tell_of_repository()
+
+    def _wait_for_ring(self, wake: threading.Event) -> None:
+        """Rung, or ``safety_seconds`` after the last question: one that was not heard costs no more than that."""
+        due = self._asked_at + self._safety
+        if not wake.wait(max(0.0, min(due - time.monotonic(), self.worker.idle_left()))) and time.monotonic() < due:
+            return
+        wake.clear()
+        while not self._stop.is_set() and self._serve_next(0, every=self._safety):
+            pass
+        self._asked_at = time.monotonic()
+
+    def _hold_poll(self) -> None:
+        began, seconds = time.monotonic(), min(self._poll.seconds, max(0.1, self.worker.idle_left()))
+        try:
+            served = self._serve_next(seconds, every=self._poll.seconds)
+        except Unreachable:
+            self._poll.broke(time.monotonic() - began)
+            raise
+        if not served and seconds == self._poll.seconds:
+            self._poll.lasted(time.monotonic() - began)
 
     def _tell_of_repository(self) -> None:
         found = self.client.repository
@@ -129,10 +152,10 @@ class FleetLink:
             self._repository = found
             self._tell("repository", generation=found)
 
-    def _serve_next(self, seconds: float, *, lost: bool = False) -> bool:
+    def _serve_next(self, seconds: float, *, every: float, lost: bool = False) -> bool:
         """Answer the next message, if one comes within ``seconds``; True when there was one."""
         try:
-            instruction = self.client.receive(seconds, every=self._poll, lost=lost)
+            instruction = self.client.receive(seconds, every=every, lost=lost)
         except Gone as error:  # taken back while it was being read: the round went on without us
             self._tell("dropped", reason=str(error))
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import subprocess
@@ -73,8 +74,14 @@ class WorkerProcess:
         except IntegrityError as error:
             raise WorkerFailed(error.message) from None
 
+    def idle_left(self) -> float:
+        """Seconds until it counts as idle; infinite while there is no process."""
+        if self.pid is None:
+            return math.inf
+        return max(0.0, self.idle_seconds - (time.monotonic() - self._last_used))
+
     def end_if_idle(self) -> None:
-        if self.pid is not None and time.monotonic() - self._last_used > self.idle_seconds:
+        if self.pid is not None and time.monotonic() - self._last_used >= self.idle_seconds:
             self.close()
 
     def close(self) -> None:

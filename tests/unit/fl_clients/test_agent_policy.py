@@ -104,7 +104,7 @@ def test_the_template_is_what_the_settings_are_by_default(home: AgentHome) -> No
     ("old", "new", "words"),
     [
         ('protocol = "auto"', 'protocol = "4"', ["mqtt.protocol", "auto"]),
-        ("keepalive_s = 60", "keepalive_s = 1", ["mqtt.keepalive_s", "5"]),
+        ("keepalive_s = 120", "keepalive_s = 1", ["mqtt.keepalive_s", "5"]),
         ("train = true", "train = 1", ["roles.train"]),
         ("[roles]", "[rolls]", ["rolls", "roles"]),
         ("https://", "http://", ["server.url", "https"]),

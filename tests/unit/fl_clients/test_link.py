@@ -78,7 +78,7 @@ def check(grid: LinkGrid, message_id: str, timeout: float = 30) -> None:
 
 def test_with_a_bell_it_holds_no_long_poll(superlink: SuperLink, tmp_path: Path) -> None:
     wake = threading.Event()
-    with linked(superlink, tmp_path, "belled", wake=wake, poll_seconds=300) as device:
+    with linked(superlink, tmp_path, "belled", wake=wake) as device:
         grid = superlink.grid()
         superlink.bell.on_push(lambda nodes: wake.set())
         check(grid, ask(grid, "belled"))
@@ -95,7 +95,7 @@ def test_while_its_bell_is_broken_it_holds_a_long_poll(superlink: SuperLink, tmp
 
 
 def test_a_lost_ring_costs_one_safety_poll(superlink: SuperLink, tmp_path: Path) -> None:
-    with linked(superlink, tmp_path, "deaf", wake=threading.Event(), poll_seconds=0.3):
+    with linked(superlink, tmp_path, "deaf", wake=threading.Event(), safety_seconds=0.3):
         grid = superlink.grid()
         check(grid, ask(grid, "deaf"))
 
