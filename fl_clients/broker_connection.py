@@ -55,6 +55,7 @@ class BrokerConnection:
         self.signer = HeaderSigner(key)
         self._tunnel = tunnel
         self._current: tuple[End, Stream] | None = None
+        self._interrupted = False
 
     @property
     def url(self) -> str:
@@ -89,7 +90,9 @@ class BrokerConnection:
         head = {"host": self.url.removeprefix("mqtt://"), **(headers or {})}
         if isinstance(body, bytes):
             head["content-length"] = str(len(body))
-        end, stream = self._current = self._tunnel.open(method, path, head, min(timeout, OPEN_S))
+        self._interrupted = False
+        opened = self._tunnel.open(method, path, head, min(timeout, OPEN_S), lambda: self._interrupted)
+        end, stream = self._current = opened
         try:
             self._send(end, stream, [body] if isinstance(body, bytes) else body, timeout)
             self._wait(stream, lambda: stream.head, timeout)
@@ -106,6 +109,9 @@ class BrokerConnection:
                 self._tunnel.reset(end, stream, "abandoned")
 
     def interrupt(self) -> None:
+        self._interrupted = True
+        with self._tunnel.changed:
+            self._tunnel.changed.notify_all()
         current = self._current
         if current is not None:
             self._tunnel.reset(*current, "interrupted")

@@ -18,7 +18,16 @@ def add_commands(subparsers: Subparsers) -> None:
     inner = group.add_subparsers(dest="agent_command", required=True, metavar="COMMAND")
     init = command(inner, "init", run_init, help="make this device's home and its key", config=False)
     init.add_argument("home", type=Path, metavar="HOME")
-    init.add_argument("--server", required=True, metavar="URL", help="https://HOST:PORT of the federation server")
+    init.add_argument("--server", default="", metavar="URL", help="https://HOST:PORT of the federation server")
+    init.add_argument(
+        "--transport",
+        choices=("auto", "https", "mqtt"),
+        default="auto",
+        help="mqtt: through the broker alone, without --server (default: https, and the broker where that fails)",
+    )
+    init.add_argument(
+        "--account", type=Path, metavar="FILE", help="this device's account at the broker, from 'server account NAME'"
+    )
     init.add_argument("--ca", type=Path, required=True, metavar="FILE", help="the server's ca.pem")
     init.add_argument("--name", default="", help="a hint for the operator; the name given at registration counts")
     init.add_argument(
@@ -37,6 +46,9 @@ def add_commands(subparsers: Subparsers) -> None:
     run.add_argument("--serve", type=int, metavar="PORT", help="serve other programs on this device over gRPC")
     run.add_argument("--no-train", action="store_true", help="take no part in federations")
     run.add_argument("--no-infer", action="store_true", help="do not run the model on this device's data")
+    account = command(inner, "account", run_account, help="reach the server through the broker", config=False)
+    account.add_argument("home", type=Path, metavar="HOME")
+    account.add_argument("file", type=Path, metavar="FILE", help="made on the server by 'server account NAME'")
     status = command(inner, "status", run_status, help="what this home holds", config=False)
     status.add_argument("home", type=Path, metavar="HOME")
     back = command(inner, "roll-back", run_roll_back, help="return to the former model", config=False)
@@ -47,6 +59,7 @@ def add_commands(subparsers: Subparsers) -> None:
 def run_init(args: argparse.Namespace) -> int:
     """The whole home or nothing: it appears only when key, settings and authority are in place."""
     from fl_clients.connection import ServerConnection
+    from fl_clients.edge.broker_account import write_account
     from fl_clients.edge.settings import SETTINGS_NAME, AgentHome, settings_text
     from fl_core.identity import ca, keys
     from fl_core.learning.application import application
@@ -54,8 +67,13 @@ def run_init(args: argparse.Namespace) -> int:
 
     if args.home.exists() and (not args.home.is_dir() or any(args.home.iterdir())):
         raise InputError(f"{args.home}: exists and is not empty", remedy="name a new folder")
-    url = args.server if "://" in args.server else f"https://{args.server}"
-    if not url.startswith("https://"):
+    account = _account(args.account) if args.account else None
+    if args.transport == "mqtt" and args.server:
+        raise InputError("--transport mqtt takes no --server", remedy="leave one of them out")
+    url = args.server if "://" in args.server or not args.server else f"https://{args.server}"
+    if not url and args.transport != "mqtt":
+        raise InputError("--server is missing", remedy="--server https://HOST:PORT, or --transport mqtt")
+    if url and not url.startswith("https://"):
         raise InputError(f"--server {args.server!r} is not an https:// address", remedy="write https://HOST:PORT")
     ca.load_certificate(args.ca)
     if args.name:
@@ -68,10 +86,13 @@ def run_init(args: argparse.Namespace) -> int:
         key = keys.create_device_key(home.key_file)
         atomic.write_bytes(home.public_key_file, keys.public_pem(key))
         atomic.write_bytes(home.ca_file, args.ca.read_bytes())
-        text = settings_text(url=url, name=args.name, applications=args.application)
+        if account is not None:
+            write_account(home.account_file, account)
+        text = settings_text(url=url, name=args.name, applications=args.application, transport=args.transport)
         (folder / SETTINGS_NAME).write_text(text, encoding="utf-8")
         home.settings()
-        ServerConnection(url, home.ca_file, key).close()
+        if url:
+            ServerConnection(url, home.ca_file, key).close()
     public = AgentHome(args.home).public_key_file
     line = f"fieldfleet server register {public.name} --name {args.name or 'NAME'} --home HOME"
     facts = {
@@ -81,6 +102,30 @@ def run_init(args: argparse.Namespace) -> int:
         "register": line,
     }
     emit(args, facts, f"{args.home}: made. Hand {public} to the server's operator, who runs:\n  {line}")
+    return 0
+
+
+def _account(file: Path) -> dict[str, Any]:
+    from fl_clients.edge.broker_account import LIMIT, parse_account
+
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return parse_account(stream.read(LIMIT), origin=str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not readable: {error}") from None
+
+
+def run_account(args: argparse.Namespace) -> int:
+    """For a device whose key had to be registered before it could have an account."""
+    from fl_clients.edge.broker_account import write_account
+    from fl_clients.edge.settings import AgentHome
+
+    home = AgentHome(args.home)
+    home.settings()
+    account = _account(args.file)
+    write_account(home.account_file, account)
+    facts = {"home": str(args.home), "broker": f"{account['host']}:{account['port']}", "name": account["username"]}
+    emit(args, facts, f"{home.account_file}: written; remove {args.file}, it holds a password")
     return 0
 
 

@@ -25,6 +25,7 @@ from fl_core.identity.signature import HeaderSigner
 
 if TYPE_CHECKING:
     from fl_clients.edge.settings import AgentHome, AgentSettings
+    from fl_clients.tunnel import TunnelClient
 
 WELCOME_PATH = "/fieldfleet/v1/welcome"
 WELCOME_LIMIT = 1 << 20
@@ -126,9 +127,32 @@ class Transport(Protocol):
         ...
 
 
-def open_transport(home: AgentHome, settings: AgentSettings, key: PrivateKey) -> Transport:
-    """The way to the server that agent.toml chooses. Raises InputError for a wrong address or a missing CA file."""
-    return ServerConnection(settings.server.url, home.ca_file, key)
+def open_transport(
+    home: AgentHome, settings: AgentSettings, key: PrivateKey, tunnel: TunnelClient | None = None
+) -> Transport:
+    """The way to the server that agent.toml chooses; ``tunnel``: the agent's, None = HTTPS only.
+
+    Raises InputError for a wrong address or a missing CA file.
+    """
+    if tunnel is None:
+        return ServerConnection(settings.server.url, home.ca_file, key)
+    from fl_clients.auto_connection import AutoConnection
+    from fl_clients.broker_connection import BrokerConnection
+
+    broker = BrokerConnection(tunnel, key)
+    if settings.server.transport == "mqtt":
+        return broker
+    direct = ServerConnection(settings.server.url, home.ca_file, key)
+    return AutoConnection(direct, broker, tunnel)
+
+
+def open_tunnel(home: AgentHome, settings: AgentSettings, key: PrivateKey) -> TunnelClient | None:
+    """One for the whole agent; None where agent.toml wants HTTPS alone. Raises InputError, IntegrityError (ca.pem)."""
+    if settings.server.transport == "https" or not settings.mqtt.enabled:
+        return None
+    from fl_clients.tunnel import TunnelClient
+
+    return TunnelClient(key, home.ca_file)
 
 
 class ServerConnection:

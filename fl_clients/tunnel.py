@@ -63,7 +63,7 @@ class TunnelClient:
     """attach() to a session, open() streams from any thread, close(). ``tap`` is the session's."""
 
     def __init__(self, key: PrivateKey, ca: Path) -> None:
-        self._key, self._ca = key, ca
+        self._key, self._authorities = key, authorities(ca)
         self._events: queue.SimpleQueue[bytes | Taken | str] = queue.SimpleQueue()
         self.changed = threading.Condition()
         self._session: MqttSession | None = None
@@ -78,6 +78,7 @@ class TunnelClient:
         self._closing = False
         self._thread: threading.Thread | None = None
         self.handshakes = 0
+        self.preferred_until = float("-inf")  # of time.monotonic(): HTTPS was found not to get through
 
     # for the owner of the session
 
@@ -124,7 +125,14 @@ class TunnelClient:
         session = self._session
         return f"mqtt://{session.address.host}:{session.address.port}" if session is not None else "mqtt://-"
 
-    def open(self, method: str, path: str, headers: Mapping[str, str], timeout: float) -> tuple[End, Stream]:
+    def open(
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        timeout: float,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> tuple[End, Stream]:
         """A new request. Raises Unreachable, or CertificateRefused when somebody else answered in the server's place."""
         head = [part.encode() for part in (method, path, *(x for pair in headers.items() for x in pair))]
         with self.changed:
@@ -132,7 +140,7 @@ class TunnelClient:
                 self._forget("fresh keys")
             self._wanted += 1
             self.poke()
-            self.changed.wait_for(lambda: self._end is not None or self._closing, timeout)
+            self.changed.wait_for(lambda: self._end is not None or self._closing or cancelled(), timeout)
             self._wanted -= 1
             if self._end is None:
                 raise self._failure()
@@ -219,7 +227,7 @@ class TunnelClient:
             return  # HELLO is repeated as it is
         if shaking is not None and self._end is not None and now < shaking.again_at:
             return
-        handshake = DeviceHandshake(self._place, self._key, authorities(self._ca))
+        handshake = DeviceHandshake(self._place, self._key, self._authorities)
         self._shaking = Shaking(handshake, handshake.hello())
 
     def _finish(self, answer: Packet, now: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,11 @@ def _add_registry(actions: Subparsers) -> None:
     register.add_argument("key", type=Path, metavar="KEY.pub", help="the device's public key (its keys/device.pub)")
     register.add_argument("--name", required=True, help="the device's name in the fleet")
     _home_option(register)
+    account = command(actions, "account", run_account, help="a device's account at the MQTT broker", config=False)
+    account.add_argument("name", metavar="NAME")
+    account.add_argument("--out", type=Path, metavar="FILE", help="write it there (0600) instead of showing it")
+    account.add_argument("--host", default="", help="the broker's name as the device reaches it")
+    _home_option(account)
     _home_option(command(actions, "devices", run_devices, help="list the registered devices", config=False))
     revoke = command(actions, "revoke", run_revoke, help="refuse a device from now on", config=False)
     revoke.add_argument("name", metavar="NAME")
@@ -147,6 +153,26 @@ def run_revoke(args: argparse.Namespace) -> int:
         registry.close()
     _write_broker_files(home)
     emit(args, _facts(device), f"{device.name}: revoked; a running server refuses it from now on")
+    return 0
+
+
+def run_account(args: argparse.Namespace) -> int:
+    """For a device that can reach nothing but the broker: 'agent account HOME FILE' takes the file."""
+    from fl_core.storage import atomic
+    from fl_server.field import device_account
+
+    home, registry = _open(args.home)
+    try:
+        document = {"broker": device_account(home, registry, args.name, host=args.host)}
+    finally:
+        registry.close()
+    if args.out is None:
+        print(json.dumps(document))
+        return 0
+    atomic.write_json(args.out, document, mode=0o600)
+    emit(
+        args, {"file": str(args.out), "name": args.name}, f"{args.out}: the account of {args.name}; hand it over safely"
+    )
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fl_core.contracts.errors import EnvironmentFault
+from fl_core.contracts.errors import EnvironmentFault, InputError, unknown_name
 from fl_core.link.session import BrokerAddress
 from fl_core.link.topics import OPERATOR_ACCOUNT, SERVER_ACCOUNT
 from fl_server import accounts, mosquitto
@@ -126,6 +126,29 @@ def service_address(home: ServerHome, account: str) -> BrokerAddress:
         # an external broker keeps what devices say while this server is down
         session_expiry_s=SESSION_EXPIRY_S if settings.mode == "external" and account == SERVER_ACCOUNT else 0,
     )
+
+
+def device_account(home: ServerHome, registry: Registry, name: str, *, host: str = "") -> dict[str, Any]:
+    """What a device needs to reach the broker, and through it the server. Raises InputError: no such device, no MQTT.
+
+    host: the broker's name as devices see it (default: as in server.toml).
+    """
+    settings = home.settings.mqtt
+    if settings.mode == "off":
+        raise InputError(f"{home.path}: MQTT is switched off", remedy='[mqtt] mode = "embedded" in server.toml')
+    password = registry.mqtt_password(name)
+    if password is None:
+        raise unknown_name("device", name, [d.name for d in registry.devices() if not d.revoked])
+    listen = home.settings.listen
+    public = settings.host or (listen.names[0] if listen.names else listen.host)
+    return {
+        "host": host or public,
+        "port": settings.port,
+        "tls": settings.tls,
+        "username": name,
+        "password": password,
+        "fleet": home.settings.fleet,
+    }
 
 
 def write_broker_files(home: ServerHome, registry: Registry) -> Path | None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fl_clients.connection import Welcome
+from fl_clients.edge.broker_account import as_welcome, broker_of, read_account
 from fl_clients.edge.settings import AgentHome, MqttSettings
 from fl_core.contracts.errors import IntegrityError
 from fl_core.link import topics
 from fl_core.link.envelope import Envelope, decode, encode, new_id
 from fl_core.link.outbox import DeviceStore
 from fl_core.link.session import BrokerAddress, Message, MqttSession, Outgoing
+
+if TYPE_CHECKING:
+    from fl_clients.tunnel import TunnelClient
 
 LOG = logging.getLogger(__name__)
 Facts = Callable[[], dict[str, Any]]
@@ -22,15 +26,24 @@ Facts = Callable[[], dict[str, Any]]
 class FieldLink:
     """Every method may be called on a device without MQTT; then nothing is sent and nothing arrives.
 
-    Nobody is connected before the first ``enter``. facts() -> what a birth says of this device. changed() is called when the connection comes and goes.
+    Nobody is connected before the first ``enter``. facts() -> what a birth says of this device. changed() is called when the
+    connection comes and goes. tunnel: shares the connection, for requests to the server.
     """
 
-    def __init__(self, home: AgentHome, settings: MqttSettings, facts: Facts, changed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        home: AgentHome,
+        settings: MqttSettings,
+        facts: Facts,
+        changed: Callable[[], None],
+        tunnel: TunnelClient | None = None,
+    ) -> None:
         self.name, self.fleet = "", ""
         self.boot = home.next_boot()
         self.store = DeviceStore(home.store_file)
         self.session: MqttSession | None = None
         self._home, self._settings, self._facts, self._changed = home, settings, facts, changed
+        self._account, self._tunnel = read_account(home.account_file), tunnel
         self._entered: tuple[Any, ...] = ()
         self._announcing = threading.Lock()
 
@@ -40,15 +53,23 @@ class FieldLink:
 
     def enter(self, welcome: Welcome) -> None:
         """Connect as who the server says we are; anew where the name, the fleet, the broker or the account changed."""
-        identity = (welcome.name, welcome.fleet, welcome.mqtt)
+        mqtt = broker_of(self._account) if self._account is not None else welcome.mqtt
+        identity = (welcome.name, welcome.fleet, mqtt)
         if identity == self._entered:
             return
         self.stop()
         self.ring()  # who receives on the old session turns to the new one
         self.name, self.fleet, self._entered = welcome.name, welcome.fleet, identity
-        self.session = self._session(self._home, welcome, self._settings)
+        self.session = self._session(self._home, mqtt, self._settings)
+        if self._tunnel is not None:
+            self._tunnel.attach(self.session, welcome.fleet, welcome.name)
         if self.session is not None:
             self.session.start()
+
+    def enter_by_account(self) -> None:
+        """Connect as the broker's account says, before the server has said anything."""
+        if self._account is not None:
+            self.enter(as_welcome(self._account))
 
     def stop(self) -> None:
         """Empty the outbox as far as possible, say that we stop, and disconnect."""
@@ -95,8 +116,7 @@ class FieldLink:
 
     # inside
 
-    def _session(self, home: AgentHome, welcome: Welcome, settings: MqttSettings) -> MqttSession | None:
-        mqtt = welcome.mqtt
+    def _session(self, home: AgentHome, mqtt: dict[str, Any] | None, settings: MqttSettings) -> MqttSession | None:
         if mqtt is None or not settings.enabled:
             return None
         address = BrokerAddress(
@@ -115,8 +135,14 @@ class FieldLink:
             greeting=self._state("birth"),
             will=self._state("death"),
             store=self.store,
-            changed=self._changed,
+            changed=self._tell_change,
+            tap=self._tunnel.tap if self._tunnel is not None else None,
         )
+
+    def _tell_change(self) -> None:
+        if self._tunnel is not None:
+            self._tunnel.poke()
+        self._changed()
 
     def _read(self, message: Message) -> tuple[str, Envelope] | None:
         found = topics.parse(message.topic)

@@ -6,18 +6,23 @@ The agent itself never loads a model: updates and inference are in processes of 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fl_clients.connection import open_transport
 from fl_clients.edge.inference_process import InferenceProcess
+from fl_clients.edge.relay import repository_at
 from fl_clients.edge.settings import AgentHome, AgentSettings
 from fl_clients.edge.slots import Slots
 from fl_clients.edge.updater import UpdateResult, update
 from fl_clients.edge.welcome import enter_or_remember, pinned_root, root_file, stored_welcome
 from fl_core.contracts.errors import EnvironmentFault, InputError, unknown_name
 from fl_core.identity.keys import PrivateKey
+
+if TYPE_CHECKING:
+    from fl_clients.tunnel import TunnelClient
 
 
 class NothingPublished(EnvironmentFault):
@@ -27,8 +32,16 @@ class NothingPublished(EnvironmentFault):
 class Models:
     """Used by the agent's one task thread; ``current``, ``serve`` and ``tick`` from any. data: application -> folder."""
 
-    def __init__(self, home: AgentHome, settings: AgentSettings, key: PrivateKey, data: Mapping[str, Path]) -> None:
-        self.home, self.settings, self.key, self.data = home, settings, key, data
+    def __init__(
+        self,
+        home: AgentHome,
+        settings: AgentSettings,
+        key: PrivateKey,
+        data: Mapping[str, Path],
+        tunnel: TunnelClient | None = None,
+    ) -> None:
+        self.home, self.settings, self.data = home, settings, data
+        self._open = lambda: open_transport(home, settings, key, tunnel)
         self.names = settings.device.names
         folders = {name: home.application(name).folder for name in self.names}
         self.process = InferenceProcess(folders, settings.inference)
@@ -52,11 +65,8 @@ class Models:
         Raises a FieldfleetError when the update is refused; the model in use then stays.
         """
         if pinned_root(self.home) is None:  # nothing had been published at the first contact
-            connection = open_transport(self.home, self.settings, self.key)
-            try:
+            with contextlib.closing(self._open()) as connection:
                 enter_or_remember(self.home, connection)
-            finally:
-                connection.close()
         found = stored_welcome(self.home)
         if found is None or pinned_root(self.home) is None:
             raise NothingPublished(
@@ -66,15 +76,16 @@ class Models:
         own = self.settings.of(application)
         folder = self.home.application(application).folder
         folder.mkdir(parents=True, exist_ok=True)
-        result = update(
-            folder,
-            application=application,
-            repository=self.settings.server.url.rstrip("/") + found.repository,
-            root=root_file(self.home),
-            channel=own.channel,
-            target=own.target or None,
-            ca=self.home.ca_file,
-        )
+        with contextlib.closing(self._open()) as connection, repository_at(connection, found.repository) as repository:
+            result = update(
+                folder,
+                application=application,
+                repository=repository,
+                root=root_file(self.home),
+                channel=own.channel,
+                target=own.target or None,
+                ca=self.home.ca_file,
+            )
         self.process.reload(application)
         return result
 

@@ -29,10 +29,13 @@ SETTINGS_NAME = "agent.toml"
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings:
-    url: str = config.text("", help="https://HOST:PORT")
+    """auto: HTTPS, and through the broker where that does not get through. mqtt: through the broker alone."""
+
+    url: str = config.text("", help='https://HOST:PORT; empty only with transport = "mqtt"')
+    transport: str = config.choice("auto", "auto", "https", "mqtt")
 
     def __post_init__(self) -> None:
-        if not self.url.startswith("https://"):
+        if not self.url.startswith("https://") and (self.url or self.transport != "mqtt"):
             raise ConfigError(f"server.url = {self.url!r} is not an https:// address", remedy="write https://HOST:PORT")
 
 
@@ -160,6 +163,10 @@ class AgentHome:
         return self.folder / "keys" / "device.pub"
 
     @property
+    def account_file(self) -> Path:
+        return self.folder / "keys" / "broker.json"
+
+    @property
     def ca_file(self) -> Path:
         return self.folder / "ca.pem"
 
@@ -273,6 +280,7 @@ TEMPLATE = """\
 # This device's own settings. The server cannot change them.
 [server]
 url = {url}
+transport = {transport}  # "https", "mqtt" (through the broker alone) or "auto": https, and the broker where that fails
 
 [device]
 name = {name}
@@ -307,6 +315,7 @@ telemetry_s = 1800.0
 """
 
 
-def settings_text(*, url: str, name: str, applications: Sequence[str]) -> str:
-    quoted = {"url": json.dumps(url), "name": json.dumps(name), "applications": json.dumps(list(applications))}
+def settings_text(*, url: str, name: str, applications: Sequence[str], transport: str = "auto") -> str:
+    values = {"url": url, "name": name, "applications": list(applications), "transport": transport}
+    quoted = {key: json.dumps(value) for key, value in values.items()}
     return TEMPLATE.format(**quoted, grpc_port=DEFAULT_GRPC_PORT)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fl_clients.connection import Welcome, open_transport
+from fl_clients.connection import Welcome, open_transport, open_tunnel
 from fl_clients.edge import duties
 from fl_clients.edge.capabilities import capabilities
 from fl_clients.edge.contact import ContactKeeper
@@ -69,19 +69,20 @@ class Agent:
     def __init__(self, home: AgentHome, settings: AgentSettings, options: RunOptions) -> None:
         self.home, self.settings, self.options = home, settings, options
         self.key = load_private_key(home.key_file)
-        self.connection = open_transport(home, settings, self.key)
+        self.tunnel = open_tunnel(home, settings, self.key)
+        self.connection = open_transport(home, settings, self.key, self.tunnel)
         self.stop, self.wake = threading.Event(), threading.Event()
         self.started = time.monotonic()
         self.grpc_port: int | None = None
         self._threads: list[threading.Thread] = []
-        self.models = Models(home, settings, self.key, options.data)
+        self.models = Models(home, settings, self.key, options.data, self.tunnel)
         self.work = Work(self.models, self, infer_new=options.infer and not options.once, stopping=self.stop.is_set)
         self.training = Training(self._on_fleet_event)
         self.capabilities = capabilities(
             settings, train=options.train, infer=options.infer, serve=options.serve_port is not None
         )
         # A ring may have been missed while the connection was down: the fleet link then asks for itself.
-        self.link = FieldLink(home, settings.mqtt, self.facts, self.wake.set)
+        self.link = FieldLink(home, settings.mqtt, self.facts, self.wake.set, self.tunnel)
         self.desk = JobDesk(self.link.finished)
         self.keeper = ContactKeeper(
             lambda: enter(home, self.connection),
@@ -115,12 +116,15 @@ class Agent:
         if self.options.serve_port is not None:
             self.grpc_port = self.models.serve(self.settings.grpc.host, self.options.serve_port)
             LOG.info("agent: gRPC on %s:%d", self.settings.grpc.host, self.grpc_port)
+        known = stored_welcome(self.home)  # a device starts without its network, too
+        if known is None:
+            self.link.enter_by_account()
         try:
             if self.options.once:
                 self._once()
             else:
                 self._thread("agent-work", self.work.run)
-                if (known := stored_welcome(self.home)) is not None:  # a device starts without its network, too
+                if known is not None:
                     self._welcomed(known)
                 self._thread("agent-contact", lambda: self.keeper.run(self.stop))
                 self._loop()
@@ -160,7 +164,7 @@ class Agent:
 
     def _train(self) -> None:
         self.training.run(
-            open_transport(self.home, self.settings, self.key),
+            open_transport(self.home, self.settings, self.key, self.tunnel),
             self.home.fleet,
             worker_command(self.name, self.options.data),
             wake=self.wake,
@@ -222,6 +226,8 @@ class Agent:
         for thread in self._threads:
             thread.join(JOIN_S)
         self.models.close()
+        if self.tunnel is not None:
+            self.tunnel.close()
         self.link.stop()
 
     def _thread(self, name: str, target: Callable[[], None]) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import random
 import signal
+import socket
 import threading
+import urllib.parse
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import MessageType
 
+from fl_clients.auto_connection import AutoConnection
 from fl_clients.broker_connection import BrokerConnection
-from fl_clients.connection import Unreachable, Unregistered, welcome
+from fl_clients.connection import ServerConnection, Unreachable, Unregistered, welcome
+from fl_clients.edge.relay import repository_at
 from fl_clients.training.fleet import FleetClient
 from fl_core.flower.messages import Reply
 from fl_core.identity import keys
@@ -239,3 +244,45 @@ def _recovered(device: BrokerDevice) -> bool:
         return fetch(device.connection, timeout=10.0) == right()
     except Unreachable:
         return False
+
+
+def test_where_https_does_not_get_through_the_broker_does(plain: Station) -> None:
+    with broker_device(plain, "van-8") as device, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        url = f"https://127.0.0.1:{closed.getsockname()[1]}"
+        now = [0.0]
+        direct = ServerConnection(url, plain.home.ca_file, device.key)
+        connection = AutoConnection(direct, device.connection, device.tunnel, clock=lambda: now[0])
+        assert connection.url == url
+        assert welcome(connection).name == "van-8"
+        assert connection.url == device.connection.url
+        assert welcome(connection).name == "van-8"
+        now[0] = 10_000.0
+        assert connection.url == url  # after a while HTTPS has its chance again
+        connection.close()
+        working = ServerConnection(plain.superlink.url, plain.home.ca_file, device.key)
+        connection = AutoConnection(working, device.connection, device.tunnel)
+        assert welcome(connection).name == "van-8"
+        assert connection.url == plain.superlink.url
+        connection.close()
+
+
+def test_the_updater_reads_the_repository_through_a_door_on_this_machine(plain: Station) -> None:
+    with (
+        broker_device(plain, "van-9") as device,
+        repository_at(device.connection, "/fieldfleet/v1/repository/") as url,
+    ):
+        assert url.startswith("http://127.0.0.1:")
+        place = urllib.parse.urlsplit(url)
+        http = HTTPConnection(place.netloc, timeout=60)
+        for start in (0, len(BLOB) - 5):
+            http.request("GET", f"{place.path}/targets/blob.bin", headers={"Range": f"bytes={start}-"} if start else {})
+            answered = http.getresponse()
+            assert answered.status == (206 if start else 200)
+            assert answered.read() == BLOB[start:]
+        for wrong, status in ((f"{place.path}/targets/none", 404), ("/targets/blob.bin", 404)):
+            http.request("GET", wrong)
+            answered = http.getresponse()
+            answered.read()
+            assert answered.status == status
+        http.close()
