@@ -49,8 +49,12 @@ def add_commands(subparsers: Subparsers) -> None:
     account = command(inner, "account", run_account, help="reach the server through the broker", config=False)
     account.add_argument("home", type=Path, metavar="HOME")
     account.add_argument("file", type=Path, metavar="FILE", help="made on the server by 'server account NAME'")
-    status = command(inner, "status", run_status, help="what this home holds", config=False)
+    status = command(inner, "status", run_status, help="this device, its agent and what waits", config=False)
     status.add_argument("home", type=Path, metavar="HOME")
+    enable = command(
+        inner, "enable-training", run_enable_training, help="forget that the worker kept crashing", config=False
+    )
+    enable.add_argument("home", type=Path, metavar="HOME")
     back = command(inner, "roll-back", run_roll_back, help="return to the former model", config=False)
     back.add_argument("home", type=Path, metavar="HOME")
     back.add_argument("--application", default="", metavar="APP", help="whose model (needed where there are several)")
@@ -168,27 +172,23 @@ def _in_words(facts: dict[str, Any]) -> str:
 
 def run_status(args: argparse.Namespace) -> int:
     from fl_clients.edge.settings import AgentHome
-    from fl_clients.edge.slots import Slots
-    from fl_clients.edge.welcome import stored_welcome
+    from fl_clients.edge.status import in_words, status_document
+
+    document = status_document(AgentHome(args.home))
+    emit(args, document, lambda: print(in_words(document)))
+    return 0
+
+
+def run_enable_training(args: argparse.Namespace) -> int:
+    from fl_clients.edge.operator import ask
+    from fl_clients.edge.settings import AgentHome
 
     home = AgentHome(args.home)
-    settings, found = home.settings(), stored_welcome(home)
-    models, predictions = {}, {}
-    for name in settings.device.names:
-        own = home.application(name)
-        models[name] = Slots(own.folder).facts()
-        predictions[name] = sorted(p.name for p in own.predictions.glob("*.csv"))
-    document: dict[str, Any] = {
-        "home": str(args.home),
-        "server": settings.server.url,
-        "name": found.name if found else None,
-        "fleet": found.fleet if found else None,
-        "applications": list(settings.device.names),
-        "models": models,
-        "predictions": predictions,
-    }
-    lines = [f"{key:12} {value if value not in (None, '') else '-'}" for key, value in document.items()]
-    emit(args, document, "\n".join(lines))
+    home.settings()
+    if ask(home, "enable-training") is None:
+        with home.lock():
+            (home.fleet / "breaker.json").unlink(missing_ok=True)
+    emit(args, {"home": str(args.home)}, f"{args.home}: trains again when it is asked")
     return 0
 
 

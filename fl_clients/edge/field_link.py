@@ -91,6 +91,14 @@ class FieldLink:
         message = self.session.receive(timeout)
         return None if message is None else self._read(message)
 
+    def broker_facts(self) -> dict[str, Any] | None:
+        """None on a device without MQTT, or before the first welcome."""
+        session = self.session
+        if session is None:
+            return None
+        facts = {"host": session.address.host, "port": session.address.port, "protocol": session.protocol}
+        return {**facts, "connected": session.connected, "failure": session.failure}
+
     def announce(self) -> None:
         """The retained state, anew. Without a connection the next birth says it."""
         if self.session is not None:

@@ -8,6 +8,7 @@ training run in processes of their own. Decisions are in ``duties``, jobs in ``w
 from __future__ import annotations
 
 import logging
+import os
 import random
 import signal
 import sys
@@ -26,6 +27,7 @@ from fl_clients.edge.duties import JobDesk, Schedule, reply_body
 from fl_clients.edge.field_link import FieldLink
 from fl_clients.edge.models import Models, NothingPublished
 from fl_clients.edge.offers import Offer, Offers
+from fl_clients.edge.operator import OperatorSocket, StatusFile
 from fl_clients.edge.settings import AgentHome, AgentSettings
 from fl_clients.edge.training import Training, worker_command
 from fl_clients.edge.updater import UpdateResult
@@ -84,10 +86,11 @@ class Agent:
         # A ring may have been missed while the connection was down: the fleet link then asks for itself.
         self.link = FieldLink(home, settings.mqtt, self.facts, self.wake.set, self.tunnel)
         self.desk = JobDesk(self.link.finished)
+        self.operator, self.status_file = OperatorSocket(home, self._serve_operator), StatusFile(home)
         self.keeper = ContactKeeper(
             lambda: enter(home, self.connection),
             welcomed=self._welcomed,
-            changed=self.link.announce,
+            changed=self._announce,
             complete=lambda: self.link.session is None or self.link.connected,
         )
         self.offers = Offers({name: settings.of(name).channel for name in settings.device.names})
@@ -123,6 +126,7 @@ class Agent:
             if self.options.once:
                 self._once()
             else:
+                self.operator.start()
                 self._thread("agent-work", self.work.run)
                 if known is not None:
                     self._welcomed(known)
@@ -202,6 +206,17 @@ class Agent:
                 elif duty != duties.UPDATE or self._should_look():
                     self.work.put(Task(duty))
 
+    def _announce(self) -> None:
+        """Something changed: the server hears it, and so does an operator after a crash."""
+        self.link.announce()
+        self.status_file.write(self.local_facts)
+
+    def _serve_operator(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        if request.get("do") == duties.ENABLE:
+            self.training.enable()
+            self._announce()
+        return self.local_facts()
+
     def _should_look(self) -> bool:
         """While the server tells of new models, regular looks at its repository are few."""
         told = self.link.connected or self.training.state == "joined"
@@ -228,6 +243,9 @@ class Agent:
         self.models.close()
         if self.tunnel is not None:
             self.tunnel.close()
+        self.operator.stop()
+        if not self.options.once:
+            self.status_file.write(self.local_facts, now=True)
         self.link.stop()
 
     def _thread(self, name: str, target: Callable[[], None]) -> None:
@@ -256,7 +274,7 @@ class Agent:
         elif step == "run" and message.type == duties.ENABLE:
             self.training.enable()
             self._finish(message.id, message.type, reply_body(ok=True, training=self.training.facts()))
-            self.link.announce()
+            self._announce()
         elif step == "run":
             self._begin_job(message)
 
@@ -297,11 +315,11 @@ class Agent:
         if self.offers.looked(application, generation if type(generation) is int else None):
             self.work.put(Task(duties.UPDATE, application=application))
         if result.changed:
-            self.link.announce()
+            self._announce()
 
     def inferred(self, report: dict[str, Any]) -> None:
         self.link.report("inference", report)
-        self.link.announce()
+        self._announce()
 
     def _plan_retry(self) -> None:
         """An update that failed is not put off until the next regular check."""
@@ -325,7 +343,7 @@ class Agent:
         elif event == "worker_failed":
             self._guarded(self.link.report, "worker-failed", dict(facts))
         if event in ("joined", "away", "refused", "worker_failed"):
-            self.link.announce()
+            self._announce()
 
     # facts
 
@@ -348,4 +366,14 @@ class Agent:
             "rss_mb": round(resident_bytes() / 2**20, 1),
             "inference_rss_mb": self.models.process.rss_mb,
             "python": sys.version.split()[0],
+        }
+
+    def local_facts(self) -> dict[str, Any]:
+        """For the operator at the device: also what does not concern the server."""
+        return {
+            **self.facts(),
+            "pid": os.getpid(),
+            "boot": self.link.boot,
+            "broker": self.link.broker_facts(),
+            "inference_process": {"pid": self.models.process.pid, "crashes": self.models.process.crashes},
         }
