@@ -10,6 +10,7 @@ from typing import Any
 
 from fl_core.contracts.errors import EnvironmentFault, IntegrityError, RefusedError, unknown_name
 from fl_core.link import topics
+from fl_core.link.batch import RECORDS, RECORDS_TAKEN, from_text, unpack
 from fl_core.link.envelope import Envelope, decode, encode, new_id
 from fl_core.link.session import BrokerAddress, Message, MqttSession, Outgoing
 from fl_server.device_table import DATABASE_NAME, DeviceTable, Job
@@ -159,12 +160,28 @@ class Bridge:
         elif found.kind == topics.REPLY:
             if not self.table.note_reply(found.device, content):
                 return
+        elif content.type == RECORDS:
+            self._take_records(found.device, content)
+            return
         elif not self.table.note_report(found.device, content):
             return
         with self._answered:
             self._answered.notify_all()
         event = "reply" if found.kind == topics.REPLY else content.type
         self._on_event(event, found.device, {**content.body, "id": content.id})
+
+    def _take_records(self, device: str, content: Envelope) -> None:
+        """Keep a batch, and say so: only then does its device let go of it."""
+        origin = f"records of {device}"
+        batch = unpack(from_text(content.body.get("z"), origin=origin), origin=origin)
+        taken = self.table.take_records(device, batch)
+        answer = Envelope(type=RECORDS_TAKEN, body={"store": batch.store, "upto": taken.upto})
+        # A lost answer costs one more batch: nothing waits in a broker for a device that is away.
+        self.session.publish(Outgoing(topic=self._topic(device, topics.COMMAND), payload=encode(answer), qos=0))
+        with self._answered:
+            self._answered.notify_all()
+        for record in taken.fresh:
+            self._on_event(record.kind, device, {**record.body, "id": f"{record.seq}"})
 
     def _send(self, job: Job) -> None:
         payload = encode(Envelope(type=job.type, id=job.id, body=job.body))

@@ -16,6 +16,7 @@ from fl_core.contracts.names import DEFAULT_MQTT_PORT, DEFAULT_SERVER_PORT
 from fl_core.contracts.progress import Progress
 from fl_core.identity import keys
 from fl_server.field_commands import add_field_commands
+from fl_server.telemetry_commands import add_telemetry_command
 
 if TYPE_CHECKING:
     from fl_server.history import RoundRecord
@@ -34,6 +35,9 @@ def add_commands(subparsers: Subparsers) -> None:
     _add_registry(actions)
     _add_run(actions)
     add_field_commands(actions)
+    text = "the fleet's devices, from the server's side"
+    fleet: Any = subparsers.add_parser("fleet", help=text, description=text)
+    add_telemetry_command(fleet.add_subparsers(dest="action", required=True, metavar="ACTION"))
 
 
 def _add_init(actions: Subparsers) -> None:

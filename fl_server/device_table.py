@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fl_core.link.batch import Batch
 from fl_core.link.envelope import Envelope
 from fl_core.storage import database
+from fl_server.telemetry import Taken, Telemetry
 
 DATABASE_NAME = "devices.db"
 SCHEMA = """
@@ -22,9 +24,6 @@ CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, device TEXT NOT NULL, type TEXT NOT NULL, body TEXT NOT NULL, created REAL NOT NULL,
     expires REAL NOT NULL, reply TEXT, replied REAL);
 CREATE INDEX IF NOT EXISTS open_jobs ON jobs (device, expires) WHERE replied IS NULL;
-CREATE TABLE IF NOT EXISTS reports (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, device TEXT NOT NULL, type TEXT NOT NULL, id TEXT NOT NULL,
-    received REAL NOT NULL, body TEXT NOT NULL, UNIQUE (device, type, id));
 """
 # A death says nothing but that it is one: the table keeps what the device was.
 UPSERT = """
@@ -35,7 +34,6 @@ ON CONFLICT (name) DO UPDATE SET alive = excluded.alive, boot = excluded.boot, c
 """
 DEAD, ALIVE, UNKNOWN = 0, 1, 2
 DEAD_TYPES = ("death", "stopped")
-MAX_REPORTS_PER_DEVICE = 1_000
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,10 @@ class DeviceTable:
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
         self._db = database.connect(path, SCHEMA)
+        self.telemetry = Telemetry(path)
 
     def close(self) -> None:
+        self.telemetry.close()
         with self._lock:
             self._db.close()
 
@@ -82,23 +82,19 @@ class DeviceTable:
             self._db.execute(UPSERT, (device, alive, *message.order, now, now, json.dumps(message.body)))
         return True
 
+    def take_records(self, device: str, batch: Batch) -> Taken:
+        """Telemetry, each record once; the last one beside the device."""
+        taken = self.telemetry.take(device, batch)
+        if taken.fresh:
+            last = taken.fresh[-1]
+            self._note_last(device, {**last.body, "type": last.kind, "time": last.time})
+        return taken
+
     def note_report(self, device: str, message: Envelope) -> bool:
-        """Telemetry: the last one beside the device, all in ``reports``. False for one that was seen before."""
-        body = json.dumps({**message.body, "type": message.type, "time": message.time})
-        with self._lock:
-            cursor = self._db.execute(
-                "INSERT OR IGNORE INTO reports (device, type, id, received, body) VALUES (?, ?, ?, ?, ?)",
-                (device, message.type, message.id, time.time(), body),
-            )
-            if cursor.rowcount == 0:
-                return False
-            self._db.execute(
-                "UPDATE devices SET telemetry = ?, last_seen = ? WHERE name = ?", (body, time.time(), device)
-            )
-            self._db.execute(
-                "DELETE FROM reports WHERE device = ? AND seq <= (SELECT MAX(seq) FROM reports) - ?",
-                (device, MAX_REPORTS_PER_DEVICE),
-            )
+        """A single report. False for one that was seen before."""
+        if not self.telemetry.take_report(device, message):
+            return False
+        self._note_last(device, {**message.body, "type": message.type, "time": message.time})
         return True
 
     def devices(self) -> list[dict[str, Any]]:
@@ -109,12 +105,7 @@ class DeviceTable:
 
     def reports(self, device: str, kind: str = "", *, limit: int = 100) -> list[dict[str, Any]]:
         """The newest first."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT body FROM reports WHERE device = ? AND (? = '' OR type = ?) ORDER BY seq DESC LIMIT ?",
-                (device, kind, kind, limit),
-            ).fetchall()
-        return [json.loads(row["body"]) for row in rows]
+        return self.telemetry.latest(device, kind, limit=limit)
 
     def add_job(self, job: Job, *, valid_s: float) -> None:
         now = time.time()
@@ -147,6 +138,13 @@ class DeviceTable:
         with self._lock:
             row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return _job(row) if row else None
+
+    def _note_last(self, device: str, report: dict[str, Any]) -> None:
+        with self._lock:
+            self._db.execute(
+                "UPDATE devices SET telemetry = ?, last_seen = ? WHERE name = ?",
+                (json.dumps(report), time.time(), device),
+            )
 
 
 def _device(row: sqlite3.Row) -> dict[str, Any]:

@@ -23,10 +23,12 @@ from fl_core.flower import wire
 from fl_core.flower.adapter import LinkStore
 from fl_core.flower.records import RecordReader
 from fl_core.flower.wire import FleetRefused
+from fl_core.link import batch
 from fl_server.bell import Bell
 from fl_server.bulk import BATCH_BYTES, Download, Upload
 from fl_server.directory import Caller, Directory
 from fl_server.repository_files import RepositoryFiles
+from fl_server.telemetry import Telemetry
 from fl_server.tunnel import DEVICE_SCOPE, KEY_SCOPE
 
 log = logging.getLogger(__name__)
@@ -57,9 +59,10 @@ class Endpoint:
         bell: Bell,
         repository: RepositoryFiles,
         welcome: Callable[[Caller, str], dict[str, Any]],
+        telemetry: Telemetry,
     ) -> None:
         self._store, self._directory, self._bell = store, directory, bell
-        self._repository, self._welcome = repository, welcome
+        self._repository, self._welcome, self._telemetry = repository, welcome, telemetry
         self._worker = ThreadPoolExecutor(1, "superlink-store")
         self._bulky, self._uploads = asyncio.Semaphore(BULKY_AT_ONCE), asyncio.Semaphore(UPLOADS_AT_ONCE)
 
@@ -94,6 +97,8 @@ class Endpoint:
                 return await self._push(request)
             if path == wire.WELCOME_PATH:
                 return await self._greet(request)
+            if path == batch.TELEMETRY_PATH:
+                return await self._take_records(request)
             return _refusal(404, "not found")
         except FleetRefused as refused:
             return _refusal(refused.status, refused.reason)
@@ -199,6 +204,14 @@ class Endpoint:
         caller = await self._authenticate(request)
         host = request.url.hostname or ""
         return JSONResponse({**self._welcome(caller, host), "node_id": caller.node, "time": time.time()})
+
+    async def _take_records(self, request: Request) -> Response:
+        """A batch of telemetry: answered once it is on disk."""
+        caller = await self._authenticate(request)
+        data = await _body(request, batch.PACKED_LIMIT)
+        records = batch.unpack(data, origin=f"records of {caller.device.name}")
+        taken = await asyncio.to_thread(self._telemetry.take, caller.device.name, records)
+        return JSONResponse({"store": records.store, "upto": taken.upto})
 
     async def _authenticate(self, request: Request) -> Caller:
         key, device = request.scope.get(KEY_SCOPE), request.scope.get(DEVICE_SCOPE)

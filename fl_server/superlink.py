@@ -16,12 +16,14 @@ from fl_core.contracts.errors import EnvironmentFault
 from fl_core.flower import wire
 from fl_core.flower.adapter import LinkStore
 from fl_server.bell import Bell
+from fl_server.device_table import DATABASE_NAME
 from fl_server.directory import Caller, Directory
 from fl_server.endpoint import Endpoint
 from fl_server.home import ServerHome
 from fl_server.link_grid import LinkGrid
 from fl_server.repository_files import RepositoryFiles
 from fl_server.repository_watch import RepositoryWatch
+from fl_server.telemetry import Telemetry
 from fl_server.tunnel import TunnelServer
 
 KEEP_ALIVE_SECONDS = 300  # else each slow poll pays a TLS handshake
@@ -70,7 +72,8 @@ class SuperLink:
             raise
         self._files = RepositoryFiles(home.repository)
         self._watch = RepositoryWatch(self._files, lambda generation: self.bell.ring_doors())
-        self._endpoint = Endpoint(self.store, self.directory, self.bell, self._files, self._welcome)
+        self.telemetry = Telemetry(home.path / DATABASE_NAME)
+        self._endpoint = Endpoint(self.store, self.directory, self.bell, self._files, self._welcome, self.telemetry)
         self.tunnel = TunnelServer(
             self._endpoint, fleet=home.settings.fleet, certificate=home.certificate, key=home.certificate_key
         )
@@ -121,6 +124,7 @@ class SuperLink:
             self._thread.join(STOP_SECONDS + 5)
         self._socket.close()
         self._endpoint.close()
+        self.telemetry.close()
         self.registry.close()
 
     def grid(self, run_name: str = DEFAULT_RUN) -> LinkGrid:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from fl_clients.connection import Welcome
 from fl_clients.edge.broker_account import as_welcome, broker_of, read_account
-from fl_clients.edge.settings import AgentHome, MqttSettings
+from fl_clients.edge.settings import AgentHome, MqttSettings, OutboxSettings
 from fl_core.contracts.errors import IntegrityError
 from fl_core.link import topics
-from fl_core.link.envelope import Envelope, decode, encode, new_id
+from fl_core.link.batch import RECORDS, RECORDS_TAKEN, taken_of, to_text
+from fl_core.link.envelope import Envelope, decode, encode
 from fl_core.link.outbox import DeviceStore
+from fl_core.link.record_log import RecordLog
 from fl_core.link.session import BrokerAddress, Message, MqttSession, Outgoing
 
 if TYPE_CHECKING:
@@ -26,8 +28,9 @@ Facts = Callable[[], dict[str, Any]]
 class FieldLink:
     """Every method may be called on a device without MQTT; then nothing is sent and nothing arrives.
 
-    Nobody is connected before the first ``enter``. facts() -> what a birth says of this device. changed() is called when the
-    connection comes and goes. tunnel: shares the connection, for requests to the server.
+    Nobody is connected before the first ``enter``. facts() -> what a birth says of this device. changed() is called
+    when the connection comes and goes; answered(store, number): the server keeps that store's records up to there.
+    tunnel: shares the connection, for requests to the server.
     """
 
     def __init__(
@@ -36,11 +39,18 @@ class FieldLink:
         settings: MqttSettings,
         facts: Facts,
         changed: Callable[[], None],
+        outbox: OutboxSettings,
+        *,
+        answered: Callable[[str, int], None],
         tunnel: TunnelClient | None = None,
     ) -> None:
         self.name, self.fleet = "", ""
         self.boot = home.next_boot()
-        self.store = DeviceStore(home.store_file)
+        self.store = DeviceStore(home.store_file, max_bytes=outbox.bytes, max_age_s=outbox.seconds)
+        self.records = RecordLog(
+            home.store_file, max_bytes=outbox.bytes, max_age_s=outbox.seconds, hold_s=outbox.hold_s
+        )
+        self._answered = answered
         self.session: MqttSession | None = None
         self._home, self._settings, self._facts, self._changed = home, settings, facts, changed
         self._account, self._tunnel = read_account(home.account_file), tunnel
@@ -78,6 +88,7 @@ class FieldLink:
 
     def close(self) -> None:
         self.store.close()
+        self.records.close()
 
     def ring(self) -> None:
         """End a ``receive`` that waits. Safe in a signal handler."""
@@ -106,9 +117,18 @@ class FieldLink:
                 self.session.publish(self._state("state")(self.session.connection))
 
     def report(self, kind: str, body: dict[str, Any], *, droppable: bool = False) -> None:
-        if self.session is not None:
-            content = self._envelope(kind, new_id(), body)
-            self.store.put(self._topic(topics.TELEMETRY), encode(content), droppable=droppable)
+        """For the server's table, whenever and however it can be reached. droppable: first to go when space is short."""
+        self.records.append(kind, body, droppable=droppable)
+
+    def send_records(self, data: bytes) -> bool:
+        """False without a connection. The server's answer comes to ``answered``."""
+        session = self.session
+        if session is None or not session.connected:
+            return False
+        payload = encode(
+            Envelope(type=RECORDS, boot=self.boot, connection=session.connection, body={"z": to_text(data)})
+        )
+        return session.publish(Outgoing(topic=self._topic(topics.TELEMETRY), payload=payload)) is not None
 
     def finish(self, job_id: str, kind: str, body: dict[str, Any]) -> None:
         """The end of a job and its reply, in one transaction."""
@@ -157,7 +177,11 @@ class FieldLink:
         if found is None or found.device != self.name or found.kind not in topics.TO_DEVICE:
             return None
         try:
-            return found.kind, decode(message.payload, origin=message.topic)
+            content = decode(message.payload, origin=message.topic)
+            if content.type == RECORDS_TAKEN:
+                self._answered(*taken_of(content.body, origin=message.topic))
+                return None
+            return found.kind, content
         except IntegrityError as error:
             LOG.warning("agent: %s", error.message)
             return None

@@ -107,6 +107,25 @@ class MqttSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OutboxSettings:
+    """What waits for the server on this device's disk."""
+
+    max_mb: float = config.number(16.0, low=0.1, high=100_000.0, help="the oldest telemetry goes first")
+    max_days: float = config.number(30.0, low=0.01, high=3_650.0, help="what is older is dropped, and counted")
+    hold_s: float = config.number(
+        900.0, low=0.0, high=86_400.0, help="telemetry waits so long to be sent with more of it"
+    )
+
+    @property
+    def bytes(self) -> int:
+        return int(self.max_mb * 2**20)
+
+    @property
+    def seconds(self) -> float:
+        return self.max_days * 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class IntervalSettings:
     update_s: float = config.number(3_600.0, low=1.0, high=30 * 86_400.0, help="between checks for a new model")
     infer_s: float = config.number(0.0, low=0.0, high=30 * 86_400.0, help="between runs; 0 = for each new model only")
@@ -121,6 +140,7 @@ class AgentSettings:
     inference: InferenceSettings = field(default_factory=InferenceSettings)
     grpc: GrpcSettings = field(default_factory=GrpcSettings)
     mqtt: MqttSettings = field(default_factory=MqttSettings)
+    outbox: OutboxSettings = field(default_factory=OutboxSettings)
     intervals: IntervalSettings = field(default_factory=IntervalSettings)
     applications: Mapping[str, ApplicationSettings] = field(default_factory=dict)
 
@@ -307,6 +327,11 @@ port = {grpc_port}
 enabled = true
 protocol = "auto"  # "5", "311" or "auto"
 keepalive_s = 120
+
+[outbox]  # what waits for the server on this device's disk
+max_mb = 16.0
+max_days = 30.0
+hold_s = 900.0  # telemetry waits so long to be sent with more of it
 
 [intervals]
 update_s = 3600.0     # between checks for a new model; fewer while the server tells of new ones

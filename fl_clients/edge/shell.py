@@ -23,6 +23,7 @@ from fl_clients.connection import Welcome, open_transport, open_tunnel
 from fl_clients.edge import duties
 from fl_clients.edge.capabilities import capabilities
 from fl_clients.edge.contact import ContactKeeper
+from fl_clients.edge.courier import Courier
 from fl_clients.edge.duties import JobDesk, Schedule, reply_body
 from fl_clients.edge.field_link import FieldLink
 from fl_clients.edge.models import Models, NothingPublished
@@ -84,7 +85,18 @@ class Agent:
             settings, train=options.train, infer=options.infer, serve=options.serve_port is not None
         )
         # A ring may have been missed while the connection was down: the fleet link then asks for itself.
-        self.link = FieldLink(home, settings.mqtt, self.facts, self.wake.set, self.tunnel)
+        self.link = FieldLink(
+            home,
+            settings.mqtt,
+            self.facts,
+            self._link_changed,
+            settings.outbox,
+            answered=lambda store, upto: self.courier.answered(store, upto),
+            tunnel=self.tunnel,
+        )
+        self.courier = Courier(
+            self.link.records, self.link, lambda: open_transport(home, settings, self.key, self.tunnel)
+        )
         self.desk = JobDesk(self.link.finished)
         self.operator, self.status_file = OperatorSocket(home, self._serve_operator), StatusFile(home)
         self.keeper = ContactKeeper(
@@ -131,6 +143,7 @@ class Agent:
                 if known is not None:
                     self._welcomed(known)
                 self._thread("agent-contact", lambda: self.keeper.run(self.stop))
+                self._thread("agent-records", lambda: self.courier.run(self.stop))
                 self._loop()
         finally:
             self._end()
@@ -154,6 +167,7 @@ class Agent:
             self.link.session.wait_connected(CONNECT_S)
         for kind in (duties.UPDATE, *([duties.INFER] if self.options.infer else [])):
             self.work.perform(kind)
+        self.courier.flush(CONNECT_S)
 
     def _welcomed(self, found: Welcome) -> None:
         """Who we are, from the last run or from the server."""
@@ -182,7 +196,7 @@ class Agent:
             {
                 duties.UPDATE: intervals.update_s,
                 duties.INFER: intervals.infer_s if self.options.infer else 0.0,
-                TELEMETRY: intervals.telemetry_s if self.settings.mqtt.enabled else 0.0,
+                TELEMETRY: intervals.telemetry_s,
                 SETTLE: SETTLE_S,
             }
         )
@@ -233,9 +247,14 @@ class Agent:
         except Exception:  # a full disk under the outbox, say
             LOG.exception("agent: a step failed")
 
+    def _link_changed(self) -> None:
+        self.wake.set()
+        self.courier.ring()
+
     def _end(self) -> None:
         self.stop.set()
         self.keeper.ring()
+        self.courier.interrupt()
         self.connection.interrupt()
         self.work.end()
         for thread in self._threads:
@@ -349,7 +368,7 @@ class Agent:
 
     def facts(self) -> dict[str, Any]:
         """What the server may know of this device: never data, scores or paths."""
-        waiting, dropped = self.link.store.depth()
+        (waiting, dropped), (records, lost) = self.link.store.depth(), self.link.records.depth()
         models = self.models.currents()
         return {
             "applications": list(models),
@@ -361,7 +380,7 @@ class Agent:
             "inference": self.work.last_inference,
             "contact": self.keeper.contact.facts(),
             "failures": self.work.failures(),
-            "outbox": {"waiting": waiting, "dropped": dropped},
+            "outbox": {"waiting": waiting + records, "dropped": dropped + lost},
             "uptime_s": round(time.monotonic() - self.started, 1),
             "rss_mb": round(resident_bytes() / 2**20, 1),
             "inference_rss_mb": self.models.process.rss_mb,

@@ -19,7 +19,8 @@ from fl_core.storage import database
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS outbox (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT, topic TEXT NOT NULL, payload BLOB NOT NULL, droppable INTEGER NOT NULL);
+    seq INTEGER PRIMARY KEY AUTOINCREMENT, topic TEXT NOT NULL, payload BLOB NOT NULL, droppable INTEGER NOT NULL,
+    made REAL NOT NULL DEFAULT 0);
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, type TEXT NOT NULL, seen REAL NOT NULL, topic TEXT, reply BLOB);
@@ -39,13 +40,25 @@ class DeviceStore:
     """Outbox and jobs. Thread-safe; ``max_messages`` and ``max_bytes`` (of payload) bound the outbox, ``max_jobs`` the memory of jobs."""
 
     def __init__(
-        self, path: Path, *, max_messages: int = 5_000, max_bytes: int = 16 * 2**20, max_jobs: int = 1_000
+        self,
+        path: Path,
+        *,
+        max_messages: int = 5_000,
+        max_bytes: int = 16 * 2**20,
+        max_age_s: float = 30 * 86_400.0,
+        max_jobs: int = 1_000,
     ) -> None:
         self._lock = threading.RLock()
         self._max_messages, self._max_bytes, self._max_jobs = max_messages, max_bytes, max_jobs
+        self._max_age = max_age_s
         self._listener: Callable[[], None] | None = None
         try:
             self._db = database.connect(path, SCHEMA)
+            if "made" not in {row["name"] for row in self._db.execute("PRAGMA table_info(outbox)")}:
+                self._db.execute(
+                    "ALTER TABLE outbox ADD COLUMN made REAL NOT NULL DEFAULT 0"
+                )  # a file of an older version
+            self._db.execute("UPDATE outbox SET made = ? WHERE made = 0", (time.time(),))
         except sqlite3.DatabaseError as error:
             raise EnvironmentFault(
                 f"{path}: not usable as the device's outbox: {error}", remedy="move the file away and start again"
@@ -116,17 +129,22 @@ class DeviceStore:
 
     def _insert(self, topic: str, payload: bytes, droppable: bool) -> int:
         cursor = self._db.execute(
-            "INSERT INTO outbox (topic, payload, droppable) VALUES (?, ?, ?)", (topic, payload, int(droppable))
+            "INSERT INTO outbox (topic, payload, droppable, made) VALUES (?, ?, ?, ?)",
+            (topic, payload, int(droppable), time.time()),
         )
+        self._drop("made < ?", time.time() - self._max_age)
         while self._over_bounds():
-            self._db.execute(
-                "DELETE FROM outbox WHERE seq = (SELECT seq FROM outbox ORDER BY droppable DESC, seq LIMIT 1)"
-            )
-            self._db.execute(
-                "INSERT INTO counters (name, value) VALUES ('dropped', 1) "
-                "ON CONFLICT (name) DO UPDATE SET value = value + 1"
-            )
+            self._drop("seq = (SELECT seq FROM outbox ORDER BY droppable DESC, seq LIMIT 1)")
         return int(cursor.lastrowid or 0)
+
+    def _drop(self, where: str, *values: float) -> None:
+        count = self._db.execute(f"DELETE FROM outbox WHERE {where}", values).rowcount  # noqa: S608 own text
+        if count:
+            self._db.execute(
+                "INSERT INTO counters (name, value) VALUES ('dropped', ?) "
+                "ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+                (count,),
+            )
 
     def _over_bounds(self) -> bool:
         count, size = self._db.execute("SELECT COUNT(*), COALESCE(SUM(LENGTH(payload)), 0) FROM outbox").fetchone()

@@ -85,7 +85,7 @@ def test_a_reply_counts_once_and_only_from_its_device(table: DeviceTable) -> Non
 
 
 def test_reports_are_kept_once_each_and_bounded(table: DeviceTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fl_server.device_table.MAX_REPORTS_PER_DEVICE", 3)
+    monkeypatch.setattr(table.telemetry, "_max_per_device", 3)
     table.note_state("v", message("birth", 1, 1))
     first = Envelope(type="inference", id="r0", body={"n": 0})
     assert table.note_report("v", first)
