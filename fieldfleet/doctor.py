@@ -272,7 +272,7 @@ def agent_home(path: Path) -> Iterator[Finding]:
             "registration",
             NOTE,
             "this device was not welcomed yet",
-            f"on the server: fieldfleet server register {home.public_key_file} --name NAME",
+            f"on the server: fieldfleet fleet register {home.public_key_file} --name NAME",
         )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fl_core.contracts.cli import Subparsers, command, emit
 from fl_core.contracts.errors import InputError
 from fl_core.contracts.names import checked_name
+
+if TYPE_CHECKING:
+    from fl_core.identity.token import EnrolmentToken
 
 
 def add_commands(subparsers: Subparsers) -> None:
@@ -18,7 +21,9 @@ def add_commands(subparsers: Subparsers) -> None:
     inner = group.add_subparsers(dest="agent_command", required=True, metavar="COMMAND")
     init = command(inner, "init", run_init, help="make this device's home and its key", config=False)
     init.add_argument("home", type=Path, metavar="HOME")
-    init.add_argument("--server", default="", metavar="URL", help="https://HOST:PORT of the federation server")
+    init.add_argument("--token", default="", help="what the operator gave you: enrols this device by itself")
+    init.add_argument("--server", default="", metavar="URL", help="without a token: https://HOST:PORT of the server")
+    init.add_argument("--ca", type=Path, metavar="FILE", help="without a token: the server's ca.pem")
     init.add_argument(
         "--transport",
         choices=("auto", "https", "mqtt"),
@@ -28,8 +33,9 @@ def add_commands(subparsers: Subparsers) -> None:
     init.add_argument(
         "--account", type=Path, metavar="FILE", help="this device's account at the broker, from 'server account NAME'"
     )
-    init.add_argument("--ca", type=Path, required=True, metavar="FILE", help="the server's ca.pem")
-    init.add_argument("--name", default="", help="a hint for the operator; the name given at registration counts")
+    init.add_argument(
+        "--name", default="", help="of this device in the fleet (default with a token: this machine's name)"
+    )
     init.add_argument(
         "--application", action="append", default=[], metavar="APP", help="that runs here; again for another one"
     )
@@ -55,57 +61,120 @@ def add_commands(subparsers: Subparsers) -> None:
         inner, "enable-training", run_enable_training, help="forget that the worker kept crashing", config=False
     )
     enable.add_argument("home", type=Path, metavar="HOME")
+    rotate = command(inner, "rotate-key", run_rotate_key, help="give this device a new key", config=False)
+    rotate.add_argument("home", type=Path, metavar="HOME")
     back = command(inner, "roll-back", run_roll_back, help="return to the former model", config=False)
     back.add_argument("home", type=Path, metavar="HOME")
     back.add_argument("--application", default="", metavar="APP", help="whose model (needed where there are several)")
 
 
 def run_init(args: argparse.Namespace) -> int:
-    """The whole home or nothing: it appears only when key, settings and authority are in place."""
+    """The whole home or nothing: it appears only when key, settings and authority are in place, and it is enrolled."""
     from fl_clients.connection import ServerConnection
     from fl_clients.edge.broker_account import write_account
     from fl_clients.edge.settings import SETTINGS_NAME, AgentHome, settings_text
-    from fl_core.identity import ca, keys
+    from fl_clients.enrolment import enrol
+    from fl_core.identity import keys
     from fl_core.learning.application import application
     from fl_core.storage import atomic
 
     if args.home.exists() and (not args.home.is_dir() or any(args.home.iterdir())):
         raise InputError(f"{args.home}: exists and is not empty", remedy="name a new folder")
     account = _account(args.account) if args.account else None
-    if args.transport == "mqtt" and args.server:
-        raise InputError("--transport mqtt takes no --server", remedy="leave one of them out")
-    url = args.server if "://" in args.server or not args.server else f"https://{args.server}"
-    if not url and args.transport != "mqtt":
-        raise InputError("--server is missing", remedy="--server https://HOST:PORT, or --transport mqtt")
-    if url and not url.startswith("https://"):
-        raise InputError(f"--server {args.server!r} is not an https:// address", remedy="write https://HOST:PORT")
-    ca.load_certificate(args.ca)
-    if args.name:
-        checked_name(args.name, "--name")
-    for name in args.application:
-        application(name)
+    url, authority, token = _server_of(args)
+    name = args.name or (_machine_name() if token else "")
+    if name:
+        checked_name(name, "--name")
+    for application_name in args.application:
+        application(application_name)
+    enrolled = None
     with atomic.new_folder(args.home) as folder:
         folder.chmod(0o700)
         home = AgentHome(folder)
         key = keys.create_device_key(home.key_file)
         atomic.write_bytes(home.public_key_file, keys.public_pem(key))
-        atomic.write_bytes(home.ca_file, args.ca.read_bytes())
+        atomic.write_bytes(home.ca_file, authority)
         if account is not None:
             write_account(home.account_file, account)
-        text = settings_text(url=url, name=args.name, applications=args.application, transport=args.transport)
+        text = settings_text(url=url, name=name, applications=args.application, transport=args.transport)
         (folder / SETTINGS_NAME).write_text(text, encoding="utf-8")
         home.settings()
         if url:
-            ServerConnection(url, home.ca_file, key).close()
+            connection = ServerConnection(url, home.ca_file, key)
+            if token is not None:
+                enrolled = enrol(connection, token, key, name)
+            connection.close()
     public = AgentHome(args.home).public_key_file
-    line = f"fieldfleet server register {public.name} --name {args.name or 'NAME'} --home HOME"
-    facts = {
+    facts: dict[str, Any] = {
         "home": str(args.home),
         "public_key": str(public),
         "fingerprint": keys.fingerprint(keys.public_pem(key)),
-        "register": line,
     }
-    emit(args, facts, f"{args.home}: made. Hand {public} to the server's operator, who runs:\n  {line}")
+    if enrolled is not None:
+        facts |= {"name": enrolled.name, "fleet": enrolled.fleet, "status": enrolled.status}
+        then = "it may work at once" if enrolled.status == "active" else "its operator approves it:"
+        line = "" if enrolled.status == "active" else f"\n  fieldfleet fleet approve {enrolled.name} --home HOME"
+        emit(args, facts, f"{args.home}: enrolled in {enrolled.fleet} as {enrolled.name}; {then}{line}")
+        return 0
+    line = f"fieldfleet fleet register {public.name} --name {args.name or 'NAME'} --home HOME"
+    emit(
+        args,
+        {**facts, "register": line},
+        f"{args.home}: made. Hand {public} to the server's operator, who runs:\n  {line}",
+    )
+    return 0
+
+
+def _server_of(args: argparse.Namespace) -> tuple[str, bytes, EnrolmentToken | None]:
+    """(URL, CA certificate, token) from --token, or from --server and --ca."""
+    from fl_core.identity import ca
+
+    if args.token:
+        from fl_clients.enrolment import fetch_authority
+        from fl_core.identity.token import read_token
+
+        if args.server or args.ca or args.transport == "mqtt":
+            raise InputError(
+                "--token says where the server is, and needs to reach it",
+                remedy="leave --server, --ca, --transport mqtt out",
+            )
+        token = read_token(args.token)
+        return token.url, fetch_authority(token), token
+    if args.transport == "mqtt" and args.server:
+        raise InputError("--transport mqtt takes no --server", remedy="leave one of them out")
+    url = args.server if "://" in args.server or not args.server else f"https://{args.server}"
+    if args.ca is None or (not url and args.transport != "mqtt"):
+        remedy = "give --token TOKEN, or --server https://HOST:PORT (or --transport mqtt) and --ca FILE"
+        raise InputError("--server or --ca is missing", remedy=remedy)
+    if url and not url.startswith("https://"):
+        raise InputError(f"--server {args.server!r} is not an https:// address", remedy="write https://HOST:PORT")
+    ca.load_certificate(args.ca)
+    return url, args.ca.read_bytes(), None
+
+
+def _machine_name() -> str:
+    import re
+    import socket
+
+    return re.sub(r"[^A-Za-z0-9._-]", "-", socket.gethostname().partition(".")[0]).strip("-._")[:64] or "device"
+
+
+def run_rotate_key(args: argparse.Namespace) -> int:
+    from fl_clients.connection import open_transport
+    from fl_clients.edge.settings import AgentHome
+    from fl_clients.enrolment import rotate_key, settle_rotation
+    from fl_core.identity import keys
+
+    home = AgentHome(args.home)
+    settings = home.settings()
+    with home.lock():  # an agent that runs would go on with the former key
+        settle_rotation(home, settings)
+        connection = open_transport(home, settings, keys.load_private_key(home.key_file))
+        try:
+            fingerprint = rotate_key(home, connection)
+        finally:
+            connection.close()
+    emit(args, {"home": str(args.home), "fingerprint": fingerprint}, f"{args.home}: has a new key, {fingerprint}")
     return 0
 
 
@@ -137,6 +206,7 @@ def run_agent(args: argparse.Namespace) -> int:
     from fl_clients.edge.layout import migrate
     from fl_clients.edge.settings import AgentHome
     from fl_clients.edge.shell import Agent, RunOptions
+    from fl_clients.enrolment import settle_rotation
 
     home = AgentHome(args.home)
     settings = home.settings()
@@ -152,6 +222,7 @@ def run_agent(args: argparse.Namespace) -> int:
     )
     with home.lock():
         migrate(home, settings)
+        settle_rotation(home, settings)
         agent = Agent(home, settings, options)
         try:
             agent.run()

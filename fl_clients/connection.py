@@ -7,10 +7,12 @@ never trains can use it too.
 from __future__ import annotations
 
 import contextlib
+import email.utils
 import http.client
 import json
 import socket
 import ssl
+import time
 import urllib.parse
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from fl_clients.tunnel import TunnelClient
 
 WELCOME_PATH = "/fieldfleet/v1/welcome"
+CLOCK_PATH = "/fieldfleet/v1/authority"  # anything that every server answers would do: its time is in the headers
 WELCOME_LIMIT = 1 << 20
 # A long poll is quiet for minutes: a dead way there is noticed after 3 minutes, and middle boxes remember a live one.
 KEEPALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
@@ -37,7 +40,9 @@ if hasattr(socket, "TCP_KEEPIDLE"):
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 20),
         (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
     ]
-REGISTER_REMEDY = "on the server: fieldfleet server register device.pub --name NAME --home HOME"
+REGISTER_REMEDY = "on the server: fieldfleet fleet register device.pub --name NAME --home HOME"
+NOT_YET_VALID = 9  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID
+NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME
 
 
 class Unreachable(Exception):
@@ -173,6 +178,7 @@ class ServerConnection:
             raise IntegrityError(f"{ca}: not a PEM certificate: {error.reason}") from None
         self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
         self._http: http.client.HTTPSConnection | None = None
+        self._trusting_server_clock = False
 
     def request(
         self,
@@ -201,9 +207,7 @@ class ServerConnection:
         headers: Mapping[str, str] | None = None,
     ) -> Iterator[http.client.HTTPResponse]:
         try:
-            connection = self._open(timeout)
-            connection.request(method, path, body, {**self.signer.headers(), **(headers or {})})
-            with connection.getresponse() as response:
+            with self._answered(method, path, body, timeout, headers) as response:
                 if response.status >= 500 or response.status == 429:
                     raise Unreachable(
                         f"{self.url}{path}: {Answer(response.status, response.read(65_536), {}).reason()}"
@@ -211,6 +215,11 @@ class ServerConnection:
                 yield response
         except ssl.SSLCertVerificationError as error:
             self.close()
+            if error.verify_code == NOT_YET_VALID and not self._trusting_server_clock:
+                self._trusting_server_clock = True  # this device has no clock: ask again by the server's
+                with self.stream(method, path, body, timeout=timeout, headers=headers) as response:
+                    yield response
+                return
             raise CertificateRefused(
                 f"{self.url}: the server's certificate was refused: {error.verify_message}",
                 remedy="check that ca.pem is this server's and that the server's name and dates are right "
@@ -222,6 +231,30 @@ class ServerConnection:
         except BaseException:
             self.close()
             raise
+
+    def _answered(
+        self,
+        method: str,
+        path: str,
+        body: bytes | Iterable[bytes],
+        timeout: float,
+        headers: Mapping[str, str] | None,
+    ) -> http.client.HTTPResponse:
+        """The answer; a refusal that a wrong clock may have caused is asked for once more with a corrected one."""
+        for attempt in (1, 2):
+            connection = self._open(timeout)
+            connection.request(method, path, body, {**self.signer.headers(), **(headers or {})})
+            response = connection.getresponse()
+            corrected = self._observe(response.getheader("date"))
+            if response.status != 401 or not corrected or attempt == 2 or not isinstance(body, bytes):
+                break
+            with response:
+                response.read(65_536)
+        return response
+
+    def _observe(self, date: str | None) -> bool:
+        found = http_time(date)
+        return found is not None and self.signer.observe(found)
 
     def interrupt(self) -> None:
         connection = self._http
@@ -236,13 +269,46 @@ class ServerConnection:
 
     def _open(self, timeout: float) -> http.client.HTTPSConnection:
         if self._http is None:
+            if self._trusting_server_clock:
+                self._tls.verify_flags |= NO_CHECK_TIME
             self._http = http.client.HTTPSConnection(self.host, self.port, timeout=min(timeout, 15), context=self._tls)
             self._http.connect()
             self._http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for level, option, value in KEEPALIVE:
                 self._http.sock.setsockopt(level, option, value)
+            if self._trusting_server_clock:
+                self._check_dates(self._http)
         self._http.sock.settimeout(timeout)
         return self._http
+
+    def _check_dates(self, connection: http.client.HTTPSConnection) -> None:
+        """For a device whose clock stands before the certificate's time, as one without a battery does after a power cut.
+
+        The server's own time decides, if it is later than this device's and inside the certificate's dates: a clock
+        can be led forward so far, never back to when an expired certificate was valid. Raises CertificateRefused.
+        """
+        connection.request("HEAD", CLOCK_PATH)
+        with connection.getresponse() as response:
+            response.read(65_536)
+            said = http_time(response.getheader("date"))
+        certificate: dict[str, Any] = connection.sock.getpeercert() or {}
+        begins, ends = (ssl.cert_time_to_seconds(certificate[key]) for key in ("notBefore", "notAfter"))
+        if said is None or not max(time.time(), begins) <= said <= ends:
+            connection.close()
+            self._http = None
+            raise CertificateRefused(
+                f"{self.url}: the server's certificate is not valid yet, and its clock does not explain it",
+                remedy="set this device's clock (on the server: fieldfleet server renew)",
+            )
+        self.signer.observe(said)
+
+
+def http_time(date: str | None) -> float | None:
+    """A Date header in seconds since 1970; None where it is missing or not one."""
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp() if date else None
+    except (ValueError, OverflowError):
+        return None
 
 
 @dataclass(frozen=True)

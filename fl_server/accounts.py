@@ -45,7 +45,7 @@ def lookup(registry: Registry, services: dict[str, str]) -> Lookup:
 
 
 def all_accounts(registry: Registry, services: dict[str, str]) -> dict[str, str]:
-    devices = {device.name: device.mqtt_password for device in registry.devices() if not device.revoked}
+    devices = {device.name: device.mqtt_password for device in registry.devices() if device.active}
     return {**services, **devices}
 
 

@@ -88,6 +88,12 @@ class EmbeddedBroker:
         open_to = self._admitting or username in SERVICE_ACCOUNTS
         return open_to and self._accounts.login(username, password, client_id)
 
+    def end_session(self, name: str) -> None:
+        """Cut off a device that may not log in any more; its will is published. From any thread."""
+        loop, broker = self._loop, self._broker
+        if loop is not None and broker is not None and loop.is_running():
+            asyncio.run_coroutine_threadsafe(broker.end_session(name), loop)
+
     def stop(self) -> None:
         if self._thread is None or self._loop is None or not self._thread.is_alive():
             return

@@ -1,4 +1,4 @@
-"""``fieldfleet server ...``: make a home, register devices, run federations."""
+"""``fieldfleet server ...``: make a home, run federations."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from fl_core.contracts.cli import Subparsers, command, emit
 from fl_core.contracts.errors import InputError
 from fl_core.contracts.names import DEFAULT_MQTT_PORT, DEFAULT_SERVER_PORT
 from fl_core.contracts.progress import Progress
-from fl_core.identity import keys
 from fl_server.field_commands import add_field_commands
+from fl_server.fleet_commands import add_fleet_commands, add_register
 from fl_server.telemetry_commands import add_telemetry_command
 
 if TYPE_CHECKING:
     from fl_server.history import RoundRecord
     from fl_server.home import MqttSettings, ServerHome
-    from fl_server.registry import Device, Registry
     from fl_server.run import RunOptions, RunResult
 
 DEFAULT_WAIT_S = 300.0
@@ -32,12 +31,12 @@ def add_commands(subparsers: Subparsers) -> None:
     group: Any = subparsers.add_parser("server", help=text, description=text)
     actions = group.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_init(actions)
-    _add_registry(actions)
+    add_register(actions)
+    _add_account(actions)
     _add_run(actions)
     add_field_commands(actions)
-    text = "the fleet's devices, from the server's side"
-    fleet: Any = subparsers.add_parser("fleet", help=text, description=text)
-    add_telemetry_command(fleet.add_subparsers(dest="action", required=True, metavar="ACTION"))
+    fleet = add_fleet_commands(subparsers)
+    add_telemetry_command(fleet)
 
 
 def _add_init(actions: Subparsers) -> None:
@@ -54,20 +53,12 @@ def _add_init(actions: Subparsers) -> None:
     renew.add_argument("--name", action="append", default=[], help="a further DNS name or address; repeatable")
 
 
-def _add_registry(actions: Subparsers) -> None:
-    register = command(actions, "register", run_register, help="let a device take part", config=False)
-    register.add_argument("key", type=Path, metavar="KEY.pub", help="the device's public key (its keys/device.pub)")
-    register.add_argument("--name", required=True, help="the device's name in the fleet")
-    _home_option(register)
+def _add_account(actions: Subparsers) -> None:
     account = command(actions, "account", run_account, help="a device's account at the MQTT broker", config=False)
     account.add_argument("name", metavar="NAME")
     account.add_argument("--out", type=Path, metavar="FILE", help="write it there (0600) instead of showing it")
     account.add_argument("--host", default="", help="the broker's name as the device reaches it")
     _home_option(account)
-    _home_option(command(actions, "devices", run_devices, help="list the registered devices", config=False))
-    revoke = command(actions, "revoke", run_revoke, help="refuse a device from now on", config=False)
-    revoke.add_argument("name", metavar="NAME")
-    _home_option(revoke)
 
 
 def _add_run(actions: Subparsers) -> None:
@@ -107,7 +98,7 @@ def run_init(args: argparse.Namespace) -> int:
     home = create_home(args.home, settings)
     _write_broker_files(home)
     document = {"home": str(home.path), "ca": str(home.ca_file), "certificate": str(home.certificate)}
-    emit(args, document, f"{home.path}: ready. Give devices {home.ca_file}; register them with 'server register'.")
+    emit(args, document, f"{home.path}: ready. Devices come in by 'fieldfleet fleet token create'.")
     return 0
 
 
@@ -137,35 +128,14 @@ def run_renew(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_register(args: argparse.Namespace) -> int:
-    pem = keys.read_public_key(args.key)
-    home, registry = _open(args.home)
-    try:
-        device = registry.register(args.name, pem)
-    finally:
-        registry.close()
-    _write_broker_files(home)
-    emit(args, _facts(device), f"{device.name}: registered, key {device.fingerprint}")
-    return 0
-
-
-def run_revoke(args: argparse.Namespace) -> int:
-    home, registry = _open(args.home)
-    try:
-        device = registry.revoke(args.name)
-    finally:
-        registry.close()
-    _write_broker_files(home)
-    emit(args, _facts(device), f"{device.name}: revoked; a running server refuses it from now on")
-    return 0
-
-
 def run_account(args: argparse.Namespace) -> int:
     """For a device that can reach nothing but the broker: 'agent account HOME FILE' takes the file."""
     from fl_core.storage import atomic
     from fl_server.field import device_account
+    from fl_server.home import ServerHome
 
-    home, registry = _open(args.home)
+    home = ServerHome(args.home)
+    registry = home.registry()
     try:
         document = {"broker": device_account(home, registry, args.name, host=args.host)}
     finally:
@@ -177,23 +147,6 @@ def run_account(args: argparse.Namespace) -> int:
     emit(
         args, {"file": str(args.out), "name": args.name}, f"{args.out}: the account of {args.name}; hand it over safely"
     )
-    return 0
-
-
-def run_devices(args: argparse.Namespace) -> int:
-    home, registry = _open(args.home)
-    try:
-        devices = registry.devices()
-    finally:
-        registry.close()
-
-    def table() -> None:
-        for d in devices:
-            print(f"{d.name:24} {d.fingerprint}  {f'revoked {d.revoked_at}' if d.revoked else d.registered_at}")
-        if not devices:
-            print(f"{home.path}: no device is registered")
-
-    emit(args, {"fleet": home.settings.fleet, "devices": [_facts(d) for d in devices]}, table)
     return 0
 
 
@@ -270,13 +223,6 @@ def _print_result(args: argparse.Namespace, options: RunOptions, result: RunResu
     sys.stdout.flush()  # with --stay this process goes on
 
 
-def _open(path: Path) -> tuple[ServerHome, Registry]:
-    from fl_server.home import ServerHome
-
-    home = ServerHome(path)
-    return home, home.registry()
-
-
 def _write_broker_files(home: ServerHome) -> None:
     """An external mosquitto reads its accounts from files."""
     from fl_server.field import write_broker_files
@@ -286,12 +232,3 @@ def _write_broker_files(home: ServerHome) -> None:
         write_broker_files(home, registry)
     finally:
         registry.close()
-
-
-def _facts(device: Device) -> dict[str, Any]:
-    return {
-        "name": device.name,
-        "fingerprint": device.fingerprint,
-        "registered_at": device.registered_at,
-        "revoked_at": device.revoked_at or None,
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ class Directory:
     def __init__(self, registry: Registry, store: LinkStore) -> None:
         self._registry, self._store, self._verifier = registry, store, Verifier()
         self._nodes: dict[bytes, int] = {}
+        self._seen: dict[str, float] = {}  # contacts that the registry has not been told of yet
         self._lock = threading.Lock()
         for device in registry.devices():
             self.node(device)
@@ -38,9 +40,11 @@ class Directory:
         """Whose key this is, after it was proved. Raises RefusedError: an unknown key, a revoked device."""
         device = self._registry.by_key(pem)
         if device is None:
+            if (name := self._registry.former_owner(pem)) is not None:
+                raise RefusedError(f"this key of device {name!r} was replaced by a newer one")
             raise RefusedError("this device's key is not registered")
-        if device.revoked:
-            raise RefusedError(f"device {device.name!r} was revoked on {device.revoked_at}")
+        device.check_active()
+        self._seen[device.name] = time.time()
         return Caller(device, self.node(device))
 
     def node(self, device: Device) -> int:
@@ -50,10 +54,24 @@ class Directory:
             return self._nodes[device.public_key_pem]
 
     def names(self) -> dict[int, str]:
-        """node id -> device name, of every registered device that is not revoked."""
-        return {self.node(device): device.name for device in self._registry.devices() if not device.revoked}
+        """node id -> device name, of every device that may take part."""
+        return {self.node(device): device.name for device in self._registry.devices() if device.active}
 
     def registered(self, name: str) -> bool:
-        """Whether a device of this name may take part: it is known and not revoked."""
+        """Whether a device of this name may take part."""
         device = self._registry.by_name(name)
-        return device is not None and not device.revoked
+        return device is not None and device.active
+
+    def flush_seen(self) -> None:
+        """Tell the registry who was heard from: in one write, whatever the size of the fleet."""
+        seen, self._seen = self._seen, {}
+        if seen:
+            self._registry.note_seen(seen)
+
+    def shut_out(self) -> dict[int, str]:
+        """node id -> device name ("" for a key that was replaced), of nodes that were let in once and are not now."""
+        by_key = {device.public_key_pem: device for device in self._registry.devices()}
+        with self._lock:
+            nodes = dict(self._nodes)
+        found = {node: by_key.get(pem) for pem, node in nodes.items()}
+        return {node: d.name if d else "" for node, d in found.items() if d is None or not d.active}

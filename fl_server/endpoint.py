@@ -27,6 +27,8 @@ from fl_core.link import batch
 from fl_server.bell import Bell
 from fl_server.bulk import BATCH_BYTES, Download, Upload
 from fl_server.directory import Caller, Directory
+from fl_server.doorman import AUTHORITY_PATH, ENROL_PATH, ROTATE_PATH, Doorman
+from fl_server.doorman import BODY_LIMIT as DOOR_LIMIT
 from fl_server.repository_files import RepositoryFiles
 from fl_server.telemetry import Telemetry
 from fl_server.tunnel import DEVICE_SCOPE, KEY_SCOPE
@@ -60,9 +62,11 @@ class Endpoint:
         repository: RepositoryFiles,
         welcome: Callable[[Caller, str], dict[str, Any]],
         telemetry: Telemetry,
+        doorman: Doorman,
     ) -> None:
         self._store, self._directory, self._bell = store, directory, bell
         self._repository, self._welcome, self._telemetry = repository, welcome, telemetry
+        self._doorman = doorman
         self._worker = ThreadPoolExecutor(1, "superlink-store")
         self._bulky, self._uploads = asyncio.Semaphore(BULKY_AT_ONCE), asyncio.Semaphore(UPLOADS_AT_ONCE)
 
@@ -83,6 +87,8 @@ class Endpoint:
         try:
             if path.startswith(wire.REPOSITORY_PATH) and method in ("GET", "HEAD"):
                 return self._repository.respond(path.removeprefix(wire.REPOSITORY_PATH), request.headers.get("range"))
+            if path == AUTHORITY_PATH and method in ("GET", "HEAD"):
+                return JSONResponse(self._doorman.authority(_address(request)))
             if method != "POST":
                 return _refusal(404, "not found")
             if self._bell.closing:
@@ -99,6 +105,10 @@ class Endpoint:
                 return await self._greet(request)
             if path == batch.TELEMETRY_PATH:
                 return await self._take_records(request)
+            if path == ENROL_PATH:
+                return await self._enrol(request)
+            if path == ROTATE_PATH:
+                return await self._rotate(request)
             return _refusal(404, "not found")
         except FleetRefused as refused:
             return _refusal(refused.status, refused.reason)
@@ -189,6 +199,8 @@ class Endpoint:
             rung, gone = await _first_of(door, request, seconds)
             if self._bell.closing:
                 raise FleetRefused(503, "the server is stopping")
+            if rung:  # with a message, or because it was shut out
+                await self._in_store(lambda: self._directory.caller(caller.device.public_key_pem))
             return rung
         finally:
             current = self._bell.leave(node, door)
@@ -213,6 +225,15 @@ class Endpoint:
         taken = await asyncio.to_thread(self._telemetry.take, caller.device.name, records)
         return JSONResponse({"store": records.store, "upto": taken.upto})
 
+    async def _enrol(self, request: Request) -> Response:
+        body = await _body(request, DOOR_LIMIT)
+        return JSONResponse(await self._in_store(lambda: self._doorman.enrol(_address(request), body)))
+
+    async def _rotate(self, request: Request) -> Response:
+        caller = await self._authenticate(request)
+        body = await _body(request, DOOR_LIMIT)
+        return JSONResponse(await self._in_store(lambda: self._doorman.rotate(caller, body)))
+
     async def _authenticate(self, request: Request) -> Caller:
         key, device = request.scope.get(KEY_SCOPE), request.scope.get(DEVICE_SCOPE)
         if key is None:
@@ -224,6 +245,10 @@ class Endpoint:
 
     async def _in_store(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function)
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else "tunnel"
 
 
 async def _first_of(door: asyncio.Event, request: Request, seconds: float) -> tuple[bool, bool]:

@@ -79,6 +79,12 @@ class FieldService:
         if self.broker is not None:
             self.broker.stop()
 
+    def end_sessions(self, names: Iterable[str]) -> None:
+        """Devices that were shut out leave the broker, as far as it is ours."""
+        for name in names:
+            if self.broker is not None:
+                self.broker.end_session(name)
+
     def wake(self, names: Iterable[str]) -> None:
         """Ring devices that have a message waiting."""
         if self.bridge is not None:

@@ -44,7 +44,7 @@ def _status(args: argparse.Namespace) -> int:
         devices = table.devices()
         table.close()
     registry = home.registry()
-    known = {d.name for d in registry.devices() if not d.revoked}
+    known = {d.name for d in registry.devices() if d.active}
     registry.close()
     silent = sorted(known - {d["name"] for d in devices})
     for device in devices:
@@ -77,7 +77,7 @@ def _command(args: argparse.Namespace) -> int:
     if args.type not in COMMANDS:
         raise unknown_name("command", args.type, list(COMMANDS))
     registry = home.registry()
-    known = [d.name for d in registry.devices() if not d.revoked]
+    known = [d.name for d in registry.devices() if d.active]
     registry.close()
     if args.device not in known:
         raise unknown_name("device", args.device, known)

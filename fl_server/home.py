@@ -70,6 +70,23 @@ class ServerHome:
         checked_name(self.settings.fleet, f"{origin}: fleet")
 
     @property
+    def public_url(self) -> str:
+        """How devices reach the server: by the first of its public names, or by the address it listens on."""
+        listen = self.settings.listen
+        host = listen.names[0] if listen.names else listen.host
+        if host in ("0.0.0.0", "::"):  # noqa: S104 compared, not bound
+            host = socket.gethostname()
+        return f"https://{f'[{host}]' if ':' in host else host}:{listen.port}"
+
+    @property
+    def control_socket(self) -> Path:
+        return self.path / "control.sock"
+
+    @property
+    def runs_folder(self) -> Path:
+        return self.path / "runs"
+
+    @property
     def ca_file(self) -> Path:
         return self.path / "ca" / ca.CA_NAME
 

@@ -53,7 +53,7 @@ def access_rules(fleet: str) -> str:
 
 def configuration(folder: Path, listener: Listener) -> str:
     lines = [
-        "# Written by fieldfleet; 'fieldfleet server register' writes it anew: keep your own settings in another file.",
+        "# Written by fieldfleet; 'fieldfleet fleet register' writes it anew: keep your own settings in another file.",
         "# mosquitto started by root runs as the user 'mosquitto', who must be able to read these files.",
         "per_listener_settings false",
         f"listener {listener.port} {listener.host}".rstrip(),

@@ -153,6 +153,10 @@ class GuardedBroker(Broker):
             return False
         return not session.will_flag or self._guard.may(session.username, "publish", session.will_topic or "")
 
+    async def end_session(self, client_id: str) -> None:
+        if client_id in self._sessions:
+            await self._take_over(client_id)
+
     async def _take_over(self, client_id: str) -> None:
         """The same client again: end the old connection, and its will is published before the new one is answered."""
         session, handler = self._sessions.pop(client_id)

@@ -15,6 +15,7 @@ from typing import Any
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.learning.application import Application
+from fl_server.control import ControlSocket
 from fl_server.engine import RoundEngine
 from fl_server.field import FieldService
 from fl_server.history import RoundRecord
@@ -70,7 +71,10 @@ def serve(
             raise
         services.start(superlink)
         services.start(field)
+        superlink.fleet_watch.on_shut_out(field.end_sessions)
         superlink.bell.on_push(lambda nodes: field.wake(_names(superlink, nodes)))
+        services.start(control := ControlSocket(options.home.control_socket))
+        control.on("fleet-changed", superlink.fleet_watch.asked)
         on_listening(superlink)
         result = _federate(options, superlink, on_round)
         on_result(result)

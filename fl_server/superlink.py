@@ -18,9 +18,13 @@ from fl_core.flower.adapter import LinkStore
 from fl_server.bell import Bell
 from fl_server.device_table import DATABASE_NAME
 from fl_server.directory import Caller, Directory
+from fl_server.doorman import Doorman
 from fl_server.endpoint import Endpoint
+from fl_server.field import write_broker_files
+from fl_server.fleet_watch import FleetWatch
 from fl_server.home import ServerHome
 from fl_server.link_grid import LinkGrid
+from fl_server.registry import Device
 from fl_server.repository_files import RepositoryFiles
 from fl_server.repository_watch import RepositoryWatch
 from fl_server.telemetry import Telemetry
@@ -73,7 +77,11 @@ class SuperLink:
         self._files = RepositoryFiles(home.repository)
         self._watch = RepositoryWatch(self._files, lambda generation: self.bell.ring_doors())
         self.telemetry = Telemetry(home.path / DATABASE_NAME)
-        self._endpoint = Endpoint(self.store, self.directory, self.bell, self._files, self._welcome, self.telemetry)
+        doorman = Doorman(self.registry, home.settings.fleet, home.ca_file.read_bytes(), self._came_in)
+        self._endpoint = Endpoint(
+            self.store, self.directory, self.bell, self._files, self._welcome, self.telemetry, doorman
+        )
+        self.fleet_watch = FleetWatch(self.registry, self.directory, self.store, self.bell)
         self.tunnel = TunnelServer(
             self._endpoint, fleet=home.settings.fleet, certificate=home.certificate, key=home.certificate_key
         )
@@ -113,11 +121,13 @@ class SuperLink:
         assert self._server.loop is not None
         self.tunnel.start(self._server.loop)
         self._watch.start()
+        self.fleet_watch.start()
 
     def stop(self) -> None:
         """Waiting devices are told to come back later; requests under way get a few seconds."""
         self._watch.stop()
         self.bell.close()
+        self.fleet_watch.stop()
         self.tunnel.stop()
         self._server.should_exit = True
         if self._thread is not None:
@@ -130,6 +140,11 @@ class SuperLink:
     def grid(self, run_name: str = DEFAULT_RUN) -> LinkGrid:
         """The run of this name, as an earlier grid left it (in another process too), or a new one."""
         return LinkGrid(self.store, self.bell, self.directory, run_name)
+
+    def _came_in(self, device: Device) -> None:
+        """A device enrolled or rotated its key: an external broker needs to know, and a former key is shut out."""
+        write_broker_files(self.home, self.registry)
+        self.fleet_watch.look()
 
     def _welcome(self, caller: Caller, host: str) -> dict[str, Any]:
         settings = self.home.settings

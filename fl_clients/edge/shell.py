@@ -379,6 +379,7 @@ class Agent:
             "models": models,
             "inference": self.work.last_inference,
             "contact": self.keeper.contact.facts(),
+            "clock": self.connection.signer.clock_facts(),
             "failures": self.work.failures(),
             "outbox": {"waiting": waiting + records, "dropped": dropped + lost},
             "uptime_s": round(time.monotonic() - self.started, 1),

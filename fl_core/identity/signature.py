@@ -27,22 +27,43 @@ PUBLIC_KEY, TIMESTAMP, SIGNATURE = "flwr-public-key", "flwr-timestamp", "flwr-si
 VALID_SECONDS = 300
 DRIFT_SECONDS = 5
 RENEW_SECONDS = 100
+SKEW_SECONDS = 60.0  # a device's clock may differ so much before it is corrected
 HEADER_LIMIT = 2048
 
 
 class HeaderSigner:
-    """Headers for one key, signed anew every 100 s: a P-384 signature costs a small device milliseconds."""
+    """Headers for one key, signed anew every 100 s: a P-384 signature costs a small device milliseconds.
+
+    A clock that differs from the server's by more than a minute is corrected here, and nowhere else on the device.
+    """
 
     def __init__(self, key: PrivateKey) -> None:
         self._key, self._made, self._headers = key, float("-inf"), dict[str, str]()
         self._lock = threading.Lock()
         self.public_pem = public_pem(key)
+        self.skew_s: float | None = None  # this device's clock minus the server's, as last seen
+        self.offset_s = 0.0  # what is added to this device's clock in signatures
 
     def headers(self) -> dict[str, str]:
         with self._lock:
             if time.monotonic() - self._made > RENEW_SECONDS:
-                self._headers, self._made = sign(self._key), time.monotonic()
+                stamp = datetime.datetime.fromtimestamp(time.time() + self.offset_s, datetime.UTC)
+                self._headers, self._made = sign(self._key, now=stamp), time.monotonic()
             return dict(self._headers)
+
+    def observe(self, server_time: float) -> bool:
+        """Note what time it is at the server (seconds since 1970). True when signatures are corrected otherwise now."""
+        with self._lock:
+            self.skew_s = time.time() - server_time
+            offset = -self.skew_s if abs(self.skew_s) > SKEW_SECONDS else 0.0
+            if abs(offset - self.offset_s) <= SKEW_SECONDS / 2:
+                return False
+            self.offset_s, self._made = offset, float("-inf")
+            return True
+
+    def clock_facts(self) -> dict[str, float | None]:
+        skew = self.skew_s
+        return {"skew_s": None if skew is None else round(skew, 1), "corrected_s": round(self.offset_s, 1)}
 
 
 def sign(key: PrivateKey, *, now: datetime.datetime | None = None) -> dict[str, str]:
@@ -75,6 +96,26 @@ class Verifier:
             while len(self._known) > self._size:
                 self._known.popitem(last=False)
         return pem
+
+
+def sign_statement(key: PrivateKey, purpose: str, *parts: bytes) -> str:
+    """base64 of a signature over a purpose and what it concerns: needs no clock, and is of no use for anything else."""
+    return base64.b64encode(key.sign(_statement(purpose, parts), ec.ECDSA(hashes.SHA256()))).decode()
+
+
+def verify_statement(pem: bytes, signature: str, purpose: str, *parts: bytes) -> None:
+    """Raises RefusedError unless the key made this statement."""
+    try:
+        key = load_pem_public_key(pem)
+        assert isinstance(key, ec.EllipticCurvePublicKey)
+        given = base64.b64decode(signature, validate=True)
+        key.verify(given, _statement(purpose, parts), ec.ECDSA(hashes.SHA256()))
+    except (ValueError, InvalidSignature):
+        raise RefusedError(f"the signature for {purpose} is not valid") from None
+
+
+def _statement(purpose: str, parts: tuple[bytes, ...]) -> bytes:
+    return b"".join(len(part).to_bytes(4, "big") + part for part in (b"fieldfleet", purpose.encode(), *parts))
 
 
 def verify(headers: Mapping[str, str], *, now: datetime.datetime | None = None) -> bytes:

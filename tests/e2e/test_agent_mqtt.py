@@ -27,7 +27,7 @@ def field(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Field]:
 
 
 def test_1_an_unregistered_device_is_refused_with_the_remedy(field: Field) -> None:
-    assert f"fieldfleet server register device.pub --name {NAME}" in field.init_output
+    assert f"fieldfleet fleet register device.pub --name {NAME}" in field.init_output
     done = fieldfleet("agent", "run", field.agent, "--once")
     assert done.returncode == 4, done.stderr
     assert "register" in done.stderr

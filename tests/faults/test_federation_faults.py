@@ -150,7 +150,7 @@ def test_an_unregistered_device_keeps_asking_and_joins_when_it_is_registered(
     with unattended(DeviceProcess(superlink.url, superlink.home.ca_file, tmp_path, "stranger")) as device:
         reason = device.wait_event("refused", 60)["reason"]
         assert "not registered" in reason
-        assert "server register" in reason
+        assert "fleet register" in reason
         superlink.registry.register("stranger", keys.public_pem(device.key))
         assert device.wait_event("joined", 60)["name"] == "stranger"
         assert "Traceback" not in device.log()
@@ -357,6 +357,6 @@ def test_register_from_the_command_line(command: Command, tmp_path: Path) -> Non
     assert (code, "van-1" in errors) == (2, True)
     code, _, errors = command("server", "register", tmp_path / "device.key", "--name", "van-2", "--home", home.path)
     assert (code, "private key" in errors) == (2, True)
-    assert command("server", "revoke", "van-9", "--home", home.path)[0] == 2
-    assert command("server", "revoke", "van-1", "--home", home.path)[0] == 0
-    assert "revoked" in command("server", "devices", "--home", home.path)[1]
+    assert command("fleet", "revoke", "van-9", "--home", home.path)[0] == 2
+    assert command("fleet", "revoke", "van-1", "--home", home.path)[0] == 0
+    assert "revoked" in command("fleet", "list", "--home", home.path)[1]

@@ -36,7 +36,7 @@ def test_an_unregistered_device_is_told_so(superlink: SuperLink, tmp_path: Path)
     with pytest.raises(Unregistered) as refused:
         welcome(connection)
     assert "not registered" in str(refused.value)
-    assert "server register" in str(refused.value)
+    assert "fleet register" in str(refused.value)
     assert refused.value.exit_code == 4
 
 
