@@ -1,6 +1,6 @@
 """A worker process with a trivial handler instead of torch: adds one to every array. Behaviour by the files in a folder.
 
-crash: die without an answer. hold: wait until the file is gone. fail: raise.
+crash: die without an answer. hold: wait until the file is gone. fail: raise. vary: add what device and round determine.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Message
 
@@ -27,8 +29,16 @@ def handler(switches: Path, device: str) -> object:
             time.sleep(0.01)
         if (switches / "fail").exists():
             raise ValueError("as the test asked")
-        arrays = {name: array + 1 for name, array in request.arrays.items()}
-        return Message(Reply(num_examples=3, metrics={"loss": 0.5}, arrays=arrays).to_record(), reply_to=message)
+        step: Any = 1
+        if (switches / "vary").exists():
+            step = zlib.crc32(f"{device} {request.round}".encode()) / 2**32
+        arrays = {name: (array + step).astype(array.dtype) for name, array in request.arrays.items()}
+        return Message(
+            Reply(
+                num_examples=len(device) + request.round if step != 1 else 3, metrics={"loss": 0.5}, arrays=arrays
+            ).to_record(),
+            reply_to=message,
+        )
 
     return handle
 
