@@ -6,6 +6,7 @@ what is missing, and looks at the replies in the same order, so that it ends whe
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -76,6 +77,8 @@ class Talk:
         self.outcome = Outcome()
         self.exchange = self._found()
         self._unsaved = 0
+        # What the outcome was when the partial result was saved: replies looked at later are looked at again.
+        self._saved: dict[str, Any] | None = None if self.exchange is None else self.exchange.facts.get("saved")
 
     def _found(self) -> Exchange | None:
         found = self.grid.recall(self.plan.group)
@@ -86,15 +89,20 @@ class Talk:
 
     @property
     def noted(self) -> dict[str, Any]:
-        """What the engine noted with an exchange that was interrupted; empty for a new one."""
+        """What the engine noted last with an exchange that was interrupted; empty for a new one."""
         return {} if self.exchange is None else dict(self.exchange.facts.get("engine", {}))
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """What the engine noted with the partial result; empty where there is none."""
+        return {} if self._saved is None else dict(self._saved["engine"])
 
     def run(self, content: Callable[[], RecordDict], nodes: Mapping[str, int]) -> Outcome:
         """Send (unless it was sent before), look at the replies, and close: what comes later is late."""
         if self.exchange is None:
             self._send(content(), nodes)
         assert self.exchange is not None
-        self._take_up(self.exchange.facts)
+        self._take_up()
         closed = self.exchange.facts.get("closed")
         if closed is not None:
             self._again(closed)
@@ -116,19 +124,12 @@ class Talk:
         self.exchange = self.grid.send(exchange, messages)
 
     def _note(self) -> dict[str, Any]:
-        out = self.outcome
-        return {
-            "fingerprint": self.plan.fingerprint,
-            "engine": self._facts(),
-            "looked": out.looked,
-            "usable": out.usable,
-            "refused": out.refused,
-        }
+        return {"fingerprint": self.plan.fingerprint, "engine": self._facts(), "saved": self._saved}
 
-    def _take_up(self, facts: Mapping[str, Any]) -> None:
+    def _take_up(self) -> None:
         """What the partial result holds is not looked at again."""
-        if self.exchange is not None and self.exchange.partial:
-            self.outcome = Outcome(list(facts["looked"]), int(facts["usable"]), dict(facts["refused"]))
+        if (saved := self._saved) is not None:
+            self.outcome = Outcome(list(saved["looked"]), int(saved["usable"]), dict(saved["refused"]))
 
     def _again(self, closed: Mapping[str, Any]) -> None:
         """An exchange that was over when the engine was interrupted: the same replies, and no other."""
@@ -199,9 +200,11 @@ class Talk:
         partial = self._partial()
         if partial is None or self.exchange is None or "closed" in self.exchange.facts:
             return
-        counted = [self._asked[n] for n in self.outcome.looked if self._asked[n]]
+        out = self.outcome
+        facts = {"engine": self._facts(), "looked": out.looked, "usable": out.usable, "refused": out.refused}
+        self._saved, self._unsaved = json.loads(json.dumps(facts)), 0  # as it is now
+        counted = [self._asked[n] for n in out.looked if self._asked[n]]
         self.grid.note(self.exchange, self._note(), partial=partial, forget=counted)
-        self._unsaved = 0
 
     def _close(self) -> None:
         self._closing()

@@ -73,7 +73,8 @@ class Tally:
             if state is None:
                 raise IntegrityError(f"round {self.record.round}: its partial result holds no sums")
             self.state = state
-            self.record.clients, self.record.num_examples = dict(noted["clients"]), dict(noted["num_examples"])
+            counted = talk.counted
+            self.record.clients, self.record.num_examples = dict(counted["clients"]), dict(counted["num_examples"])
 
     # replies of the round before
 

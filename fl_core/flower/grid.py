@@ -6,6 +6,7 @@ process (simulation). Unmodified Flower strategies use only the methods of ``Gri
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from abc import abstractmethod
@@ -76,8 +77,9 @@ class StreamGrid(Grid):
 
         late: instructions that were not answered in time and are kept all the same.
         """
-        kept = exchange.partial if partial is None else partial
-        self._noted[exchange.group] = replace(exchange, facts=dict(facts), partial=kept)
+        before = self._noted.get(exchange.group, exchange)
+        kept = before.partial if partial is None else partial
+        self._noted[exchange.group] = replace(before, facts=json.loads(json.dumps(facts)), partial=kept)
         self.forget(forget)
 
     def end_rounds(self, through: int, kept: Iterable[str] = ()) -> None:
