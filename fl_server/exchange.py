@@ -200,10 +200,10 @@ class Talk:
         partial = self._partial()
         if partial is None or self.exchange is None or "closed" in self.exchange.facts:
             return
-        out = self.outcome
+        out, saved = self.outcome, set() if self._saved is None else set(self._saved["looked"])
         facts = {"engine": self._facts(), "looked": out.looked, "usable": out.usable, "refused": out.refused}
         self._saved, self._unsaved = json.loads(json.dumps(facts)), 0  # as it is now
-        counted = [self._asked[n] for n in out.looked if self._asked[n]]
+        counted = [self._asked[n] for n in out.looked if self._asked[n] and n not in saved]
         self.grid.note(self.exchange, self._note(), partial=partial, forget=counted)
 
     def _close(self) -> None:
