@@ -1,10 +1,11 @@
-"""Seconds a federated round with a trivial model and two clients takes: fieldfleet, and stock Flower 1.41 as the peer.
+"""Seconds a federated round with two clients takes: fieldfleet over HTTPS and MQTT, stock Flower 1.41 as the peer.
 
-    python -m benchmarks round_latency [--quick]        (--quick: fewer rounds, without the peer)
+    python -m benchmarks round_latency [--quick] [--transport https,mqtt] [--broker embedded,mosquitto] [--mb 0,12] [--json]
 
-Ours: ``server run`` and two ``agent run`` in separate processes over TLS with registered keys, a real torch local
-update and a checkpoint on disk each round. Peer: ``flower-superlink`` and two ``flower-supernode`` as they come
-(subprocess isolation, no TLS, no authentication, SQLite), FedAvg over clients that add one to three numbers.
+(--quick: the trivial model, fewer rounds, without the peer.) Ours: ``server run`` and two ``agent run`` in separate
+processes over TLS with registered keys, a real torch local update and a checkpoint on disk each round; over MQTT the
+devices reach nothing but the broker. Peer: ``flower-superlink`` and two ``flower-supernode`` as they come (subprocess
+isolation, no TLS, no authentication, SQLite), FedAvg over clients that add one to an array of the same size.
 Both are measured from outside, round to round; the first round starts the processes and is left out.
 """
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -22,6 +25,7 @@ import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fieldfleet.processes import Children, free_ports
@@ -29,53 +33,130 @@ from fl_core.learning.application import application
 from fl_core.storage.log import read_log
 
 DEVICES = ("client-0000", "client-0001")
+# One wide layer and few examples: a round whose work is moving the model.
+SIZED = ("model.hidden=4096", "model.norm=none", "data.examples_per_client=8")
 PEER_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """transport: "https", "mqtt over embedded" or "mqtt over mosquitto". mb: size of the model, 0 = trivial."""
+
+    transport: str
+    mb: int = 0
+    evaluate_every: int = 0
+
+    @property
+    def name(self) -> str:
+        model = f"{self.mb} MB" if self.mb else "trivial model"
+        return f"fieldfleet, {self.transport}, {model}{', with evaluation' if self.evaluate_every else ''}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--transport", default="https,mqtt")
+    parser.add_argument("--broker", default="embedded,mosquitto", help="for mqtt")
+    parser.add_argument("--mb", default="", help="sizes of models (default: 0,12; 0 = trivial; --quick: 0)")
+    parser.add_argument("--no-peer", action="store_true", help="without stock Flower")
+    parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
     rounds = 8 if args.quick else args.rounds
+    sizes = [int(mb) for mb in (args.mb or ("0" if args.quick else "0,12")).split(",")]
     results: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        results["fieldfleet, training"] = ours(Path(folder) / "train", rounds, evaluate_every=0)
-        results["fieldfleet, training + evaluation"] = ours(Path(folder) / "both", rounds, evaluate_every=1)
-        if not args.quick:
-            results["stock Flower, training"] = stock(Path(folder) / "stock")
-    print(f"{'seconds per round, 2 clients':38} {'median':>8} {'fastest':>8} {'slowest':>8} {'rounds':>6}")
+        for number, case in enumerate(cases(args.transport.split(","), args.broker.split(","), sizes)):
+            results[case.name] = ours(Path(folder) / f"ours-{number}", rounds, case)
+            say(case.name, results[case.name])
+        for mb in [] if args.quick or args.no_peer else sizes:
+            name = f"stock Flower, http, {f'{mb} MB' if mb else 'trivial model'}"
+            results[name] = stock(Path(folder) / f"stock-{mb}", mb)
+            say(name, results[name])
+    if args.json:
+        print(json.dumps({name: {"median": statistics.median(s), "seconds": s} for name, s in results.items()}))
+        return 0
+    print(
+        f"{'seconds per round, 2 clients':60} {'median':>8} {'fastest':>8} {'slowest':>8} {'rounds':>6} {'peer / ours':>11}"
+    )
     for name, seconds in results.items():
-        print(f"{name:38} {statistics.median(seconds):8.3f} {min(seconds):8.3f} {max(seconds):8.3f} {len(seconds):6}")
+        peer = next((s for n, s in results.items() if n.startswith("stock") and n.endswith(name.split(", ")[2])), None)
+        ratio = f"{statistics.median(peer) / statistics.median(seconds):11.1f}" if peer else ""
+        print(
+            f"{name:60} {statistics.median(seconds):8.3f} {min(seconds):8.3f} {max(seconds):8.3f} {len(seconds):6} {ratio}"
+        )
     return 0
 
 
-def ours(folder: Path, rounds: int, *, evaluate_every: int) -> list[float]:
+def cases(transports: Sequence[str], brokers: Sequence[str], sizes: Sequence[int]) -> list[Case]:
+    found = []
+    for mb in sizes:
+        if "https" in transports:
+            found += [Case("https", mb)] + ([Case("https", 0, 1)] if mb == 0 else [])
+        if "mqtt" in transports:
+            found += [Case(f"mqtt over {broker}", mb) for broker in brokers if broker != "mosquitto" or mosquitto()]
+    return found
+
+
+def say(name: str, seconds: list[float]) -> None:
+    print(f"{name}: median {statistics.median(seconds):.3f} s", file=sys.stderr, flush=True)
+
+
+def mosquitto() -> str | None:
+    return shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
+
+
+def ours(folder: Path, rounds: int, case: Case) -> list[float]:
     app = application("toy_regression")
-    config = app.configure()
+    settings = list(SIZED if case.mb else [])
+    if case.mb:
+        settings.append(f"data.features={case.mb * 250_000 // 4096}")
+    config = app.configure(settings)
     raw = app.generate(config, 0)
-    home, out, (port,) = folder / "server", folder / "out", free_ports(1)
+    home, out, (port, mqtt_port) = folder / "server", folder / "out", free_ports(2)
+    external, through_broker = case.transport.endswith("mosquitto"), case.transport != "https"
     with Children(folder / "logs") as children:
-        init = ["server", "init", str(home), "--port", str(port), "--mqtt", "off"]
-        children.run("init", init)
+        place = ["--mqtt", f"127.0.0.1:{mqtt_port}"] if external else ["--mqtt-port", str(mqtt_port)]
+        place = place if through_broker else ["--mqtt", "off"]
+        children.run("init", ["server", "init", str(home), "--port", str(port), *place])
         for name in DEVICES:
-            agent = folder / name
-            raw.select([name]).write(folder / "data" / name)
-            where = ["--server", f"https://127.0.0.1:{port}", "--ca", str(home / "ca" / "ca.pem")]
-            children.run(f"{name}-init", ["agent", "init", str(agent), *where, "--application", app.name])
-            key = str(agent / "keys" / "device.pub")
-            children.run(f"{name}-register", ["server", "register", key, "--name", name, "--home", str(home)])
-        settings = ["--set", f"algorithm.evaluate_every={evaluate_every}", "--set", "algorithm.min_clients=2"]
-        run = ["server", "run", app.name, "--home", str(home), "--rounds", str(rounds), "--out", str(out), "--stay"]
-        children.start("server", [*run, *settings])
-        log = folder / "logs" / "server.log"
-        children.until(lambda: "listening" in log.read_text(), 60, "the server's start")
-        for name in DEVICES:
-            children.start(
-                name, ["agent", "run", str(folder / name), "--data", str(folder / "data" / name), "--no-infer"]
-            )
-        children.until(lambda: (out / "final").is_dir(), 300, "the federation")
+            raw.select([name]).write(folder / "data" / name)  # type: ignore[attr-defined]
+            enrol(folder, name, home, [] if through_broker else ["--server", f"https://127.0.0.1:{port}"], children)
+        broker = start_mosquitto(folder, home) if external else None
+        try:
+            chosen = [f"algorithm.evaluate_every={case.evaluate_every}", "algorithm.min_clients=2", *settings]
+            run = ["server", "run", app.name, "--home", str(home), "--rounds", str(rounds), "--out", str(out), "--stay"]
+            children.start("server", [*run, *(word for setting in chosen for word in ("--set", setting))])
+            log = folder / "logs" / "server.log"
+            children.until(lambda: "listening" in log.read_text(), 60, "the server's start")
+            for name in DEVICES:
+                data = str(folder / "data" / name)
+                children.start(name, ["agent", "run", str(folder / name), "--data", data, "--no-infer"])
+            children.until(lambda: (out / "final").is_dir(), 400, "the federation")
+        finally:
+            if broker is not None:
+                broker.kill()
+                broker.wait()
     return [float(entry["seconds"]) for entry in read_log(out / "history.jsonl")][1:]
+
+
+def enrol(folder: Path, name: str, home: Path, where: Sequence[str], children: Children) -> None:
+    agent = folder / name
+    options = [*(where or ["--transport", "mqtt"]), "--ca", str(home / "ca" / "ca.pem")]
+    children.run(f"{name}-init", ["agent", "init", str(agent), *options, "--application", "toy_regression"])
+    key = str(agent / "keys" / "device.pub")
+    children.run(f"{name}-register", ["server", "register", key, "--name", name, "--home", str(home)])
+    if not where:
+        account = str(folder / f"{name}.json")
+        children.run(f"{name}-account", ["server", "account", name, "--home", str(home), "--out", account])
+        children.run(f"{name}-take", ["agent", "account", str(agent), account])
+
+
+def start_mosquitto(folder: Path, home: Path) -> subprocess.Popen[bytes]:
+    """From the files that the server has written."""
+    config, text = folder / "mosquitto.conf", (home / "broker" / "mosquitto.conf").read_text()
+    config.write_text(text + ("user root\n" if os.geteuid() == 0 else ""))
+    return subprocess.Popen([mosquitto() or "mosquitto", "-c", str(config)], stdout=-3, stderr=-3)
 
 
 PEER_PROJECT = """
@@ -117,11 +198,12 @@ def main(grid, context):
             file.write(f"{time.time()}\\n")
     strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=2, min_available_nodes=2)
     rounds = int(os.environ["PEER_ROUNDS"])
-    strategy.start(grid, ArrayRecord([np.zeros(3, np.float32)]), num_rounds=rounds, evaluate_fn=mark)
+    initial = ArrayRecord([np.zeros(int(os.environ["PEER_VALUES"]), np.float32)])
+    strategy.start(grid, initial, num_rounds=rounds, evaluate_fn=mark)
 """
 
 
-def stock(folder: Path) -> list[float]:
+def stock(folder: Path, mb: int = 0) -> list[float]:
     """Seconds of each round after the first, from the times at which the strategy evaluated the global model."""
     app, times = folder / "peer", folder / "times"
     (app / "peer").mkdir(parents=True)
@@ -139,6 +221,7 @@ def stock(folder: Path) -> list[float]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PEER_TIMES": str(times),
         "PEER_ROUNDS": str(PEER_ROUNDS),
+        "PEER_VALUES": str(mb * 250_000 or 3),
     }
     commands = [
         ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port), "--database", "state.db"]
