@@ -1,16 +1,19 @@
-"""Resident memory of ``agent run`` while it infers with MQTT, and what gRPC serving adds. Prints one line of JSON.
+"""Resident memory of ``agent run``: idle, while it infers, and while it serves gRPC. Prints one line of JSON.
 
     python -m benchmarks.agent_memory [BUNDLE] [--data DIR] [--python INTERPRETER]
 
-BUNDLE: from ``fieldfleet export`` (default: driver_conflict, one epoch on generated data). DIR: a data set in the application's format (default: generated); the agent gets
-the share of one client. INTERPRETER: of an environment with ``pip install '.[edge]'``, for the inference-only device.
-The server, its broker and a gRPC client run in this process; the agent in one of its own, whose VmRSS is read from
-/proc after each of several inferences (median) together with VmHWM, its peak.
+BUNDLE: from ``fieldfleet export`` (default: driver_conflict, one epoch on generated data). DIR: a data set in the
+application's format (default: generated); the agent gets the share of one client. INTERPRETER: of an environment with
+``pip install '.[edge]'``, for the inference-only device. The server, its broker and a gRPC client run in this process;
+the agent and its inference process in their own, whose VmRSS is read from /proc after each of several inferences
+(median), together with VmHWM, the peak. ``idle``: the inference process has ended by itself; ``idle_trains``: of an
+agent that takes part in federations, before torch is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
@@ -24,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from fieldfleet.processes import free_ports
+from fl_clients.edge.shell import FIRST_SETTLE_S
 from fl_core.contracts.bundle import open_bundle
 from fl_core.delivery.publication import publish_bundle
 from fl_core.identity import keys
@@ -35,6 +39,7 @@ from fl_server.superlink import SuperLink
 
 NAME = "device-1"
 INFERENCES = 5
+SETTLED_S = FIRST_SETTLE_S + 7.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,8 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             superlink.registry.register(NAME, keys.read_public_key(work / "agent" / "keys" / "device.pub"))
             run = [*agent, "run", str(work / "agent"), "--data", str(work / "data"), "--no-train"]
             result: dict[str, Any] = {"application": manifest.application}
-            result["mqtt"] = measure(run, service.bridge, None, work)
-            result["mqtt_grpc"] = measure([*run, "--serve", "0"], service.bridge, manifest, work)
+            result["infers"] = measure(run, service.bridge, None, work)
+            result["serves"] = measure([*run, "--serve", "0"], service.bridge, manifest, work)
+            settings = work / "agent" / "agent.toml"
+            settings.write_text(settings.read_text().replace("idle_s = 300.0", "idle_s = 1.0"))
+            result["idle"] = idle(run, service.bridge, work)
+            result["idle_trains"] = idle([word for word in run if word != "--no-train"], service.bridge, work)
         finally:
             service.stop()
             superlink.stop()
@@ -101,26 +110,56 @@ def measure(command: list[str], bridge: Bridge, manifest: Any, work: Path) -> di
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         assert bridge.wait_alive([NAME], 60), (work / "log").read_text()
-        samples, examples = [], 0
-        for _ in range(INFERENCES):
+        time.sleep(SETTLED_S)
+        samples: list[dict[str, float]] = []
+        while len(samples) < INFERENCES:
             if manifest is not None:
                 serve_some(bridge, manifest)
             reply = bridge.wait_reply(bridge.command(NAME, "infer"), 120)
             if reply is None or not reply["ok"]:  # the first update is not done yet
                 time.sleep(1)
                 continue
-            examples = reply["num_examples"]
-            samples.append(status(process.pid)["VmRSS"])
+            child = inference_process(process.pid)
+            assert child is not None
+            samples.append({"agent": status(process.pid)["VmRSS"], "inference": status(child)["VmRSS"]})
         return {
-            "rss_mb": round(statistics.median(samples), 1),
-            "rss_mb_max": round(max(samples), 1),
-            "peak_mb": round(status(process.pid)["VmHWM"], 1),
-            "examples": examples,
+            "agent_mb": round(statistics.median(s["agent"] for s in samples), 1),
+            "inference_mb": round(statistics.median(s["inference"] for s in samples), 1),
+            "both_mb": round(statistics.median(s["agent"] + s["inference"] for s in samples), 1),
+            "agent_peak_mb": round(status(process.pid)["VmHWM"], 1),
+            "inference_peak_mb": round(status(child)["VmHWM"], 1),
+            "examples": reply["num_examples"],
             "samples": len(samples),
         }
     finally:
         process.terminate()
         process.wait(30)
+
+
+def idle(command: list[str], bridge: Bridge, work: Path) -> dict[str, Any]:
+    """After a first inference: the inference process is gone and the agent has given back what its start needed."""
+    with (work / "log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        assert bridge.wait_alive([NAME], 60), (work / "log").read_text()
+        assert bridge.wait_reply(bridge.command(NAME, "infer"), 120)
+        time.sleep(SETTLED_S)
+        assert inference_process(process.pid) is None, "it ends when idle"
+        found = status(process.pid)
+        return {"agent_mb": round(found["VmRSS"], 1), "agent_peak_mb": round(found["VmHWM"], 1)}
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def inference_process(agent: int) -> int | None:
+    """The process id of an agent's inference process, from /proc."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == agent and b"inference_worker" in (folder / "cmdline").read_bytes():
+                return int(folder.name)
+    return None
 
 
 def serve_some(bridge: Bridge, manifest: Any) -> None:

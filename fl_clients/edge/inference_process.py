@@ -57,6 +57,10 @@ class InferenceProcess:
         process = self._process
         return process.pid if process is not None and process.poll() is None else None
 
+    def asking(self) -> bool:
+        """A question is open."""
+        return self._asking.locked()
+
     def infer(self, application: str, data: Path) -> dict[str, Any]:
         """See ``predictions.infer``. Raises its errors, or EnvironmentFault when the process ended."""
         with self._asking:

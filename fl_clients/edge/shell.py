@@ -48,7 +48,7 @@ CONNECT_S = 10.0
 FIRST_RETRY_S = 30.0
 TOLD_UPDATE_S = 6 * 3_600.0
 TELEMETRY, SETTLE = "telemetry", "settle"
-FIRST_SETTLE_S, SETTLE_S = 20.0, 1_800.0  # give back what only the start, or a burst of work, needed of the libraries
+FIRST_SETTLE_S, SETTLE_S = 8.0, 1_800.0  # give back what only the start, or a burst of work, needed of the libraries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,6 +393,7 @@ class Agent:
         return {
             **self.facts(),
             "pid": os.getpid(),
+            "transport": self.connection.url,
             "boot": self.link.boot,
             "broker": self.link.broker_facts(),
             "inference_process": {"pid": self.models.process.pid, "crashes": self.models.process.crashes},

@@ -53,7 +53,7 @@ def in_words(document: dict[str, Any]) -> str:
         ("home", document["home"]),
         ("agent", _agent_line(document, agent)),
         ("device", f"{document['name']} in fleet {document['fleet']}" if document["name"] else "not welcomed yet"),
-        ("server", f"{document['server']}{_contact(agent.get('contact'))}"),
+        ("server", f"{agent.get('transport') or document['server']}{_contact(agent.get('contact'))}"),
         ("broker", _broker(agent.get("broker"))),
         *(("model", line) for line in _models(document)),
         ("training", _training(document, agent.get("training"))),
