@@ -32,6 +32,11 @@ ON CONFLICT (name) DO UPDATE SET alive = excluded.alive, boot = excluded.boot, c
     last_seen = excluded.last_seen, since = CASE WHEN alive = excluded.alive THEN since ELSE excluded.since END,
     state = CASE WHEN excluded.alive THEN excluded.state ELSE state END
 """
+# Whether it is alive, and its last birth, only MQTT knows.
+POSTED = """
+INSERT INTO devices (name, alive, boot, connection, since, last_seen, state) VALUES (?, ?, 0, 0, ?, ?, ?)
+ON CONFLICT (name) DO UPDATE SET last_seen = excluded.last_seen, state = excluded.state
+"""
 DEAD, ALIVE, UNKNOWN = 0, 1, 2
 DEAD_TYPES = ("death", "stopped")
 
@@ -89,6 +94,12 @@ class DeviceTable:
             last = taken.fresh[-1]
             self._note_last(device, {**last.body, "type": last.kind, "time": last.time})
         return taken
+
+    def note_posted(self, device: str, state: dict[str, Any]) -> None:
+        """What a device without MQTT says of itself; whether it is alive, its connection to the federation tells."""
+        now = time.time()
+        with self._lock:
+            self._db.execute(POSTED, (device, UNKNOWN, now, now, json.dumps(state)))
 
     def note_report(self, device: str, message: Envelope) -> bool:
         """A single report. False for one that was seen before."""

@@ -26,6 +26,7 @@ from fl_core.flower.wire import FleetRefused
 from fl_core.link import batch
 from fl_server.bell import Bell
 from fl_server.bulk import BATCH_BYTES, Download, Upload
+from fl_server.device_states import parse_posted
 from fl_server.directory import Caller, Directory
 from fl_server.doorman import AUTHORITY_PATH, ENROL_PATH, ROTATE_PATH, Doorman
 from fl_server.doorman import BODY_LIMIT as DOOR_LIMIT
@@ -52,7 +53,10 @@ class TooLarge(Exception):
 
 
 class Endpoint:
-    """An ASGI application. welcome(caller, host by which it called) -> what a device is told."""
+    """An ASGI application. welcome(caller, host by which it called) -> what a device is told.
+
+    note_state(device, body): what a device without MQTT says of its condition.
+    """
 
     def __init__(
         self,
@@ -63,10 +67,11 @@ class Endpoint:
         welcome: Callable[[Caller, str], dict[str, Any]],
         telemetry: Telemetry,
         doorman: Doorman,
+        note_state: Callable[[str, dict[str, Any]], None],
     ) -> None:
         self._store, self._directory, self._bell = store, directory, bell
         self._repository, self._welcome, self._telemetry = repository, welcome, telemetry
-        self._doorman = doorman
+        self._doorman, self._note_state = doorman, note_state
         self._worker = ThreadPoolExecutor(1, "superlink-store")
         self._bulky, self._uploads = asyncio.Semaphore(BULKY_AT_ONCE), asyncio.Semaphore(UPLOADS_AT_ONCE)
 
@@ -109,6 +114,8 @@ class Endpoint:
                 return await self._enrol(request)
             if path == ROTATE_PATH:
                 return await self._rotate(request)
+            if path == wire.STATE_PATH:
+                return await self._hear_state(request)
             return _refusal(404, "not found")
         except FleetRefused as refused:
             return _refusal(refused.status, refused.reason)
@@ -233,6 +240,15 @@ class Endpoint:
         caller = await self._authenticate(request)
         body = await _body(request, DOOR_LIMIT)
         return JSONResponse(await self._in_store(lambda: self._doorman.rotate(caller, body)))
+
+    async def _hear_state(self, request: Request) -> Response:
+        caller = await self._authenticate(request)
+        body = await _body(request, SMALL_BODY)
+        name = caller.device.name
+        found = parse_posted(body, origin=name)
+        await asyncio.to_thread(self._note_state, name, found)
+        self._bell.ring_engine()  # a round may wait for a device that may be asked
+        return Response(status_code=204)
 
     async def _authenticate(self, request: Request) -> Caller:
         key, device = request.scope.get(KEY_SCOPE), request.scope.get(DEVICE_SCOPE)

@@ -84,6 +84,8 @@ class RoundEngine:
         self.table = to_table(config)
         self._resume()
         self.history = History(out, resumed_round=self.done)
+        for record in self.history.records:
+            self.selector.note(record)
 
     def run(self) -> Path:
         """All remaining rounds; returns the folder of the final checkpoint. Raises Interrupted when told to stop."""
@@ -178,7 +180,7 @@ class RoundEngine:
     def _request(self, number: int) -> Request:
         return Request(
             application=self.application.name,
-            config=self.table,
+            config={key: section for key, section in self.table.items() if key != "selection"},  # the server's own
             round=number,
             num_rounds=self.num_rounds,
             seed=self.seed,
@@ -246,6 +248,7 @@ class RoundEngine:
         # The history first: a crash before the checkpoint repeats the round, and its line is superseded.
         record.model_sha256 = atomic.sha256_bytes(array_format.to_bytes(self.arrays))
         self.history.append(record)
+        self.selector.note(record)
         Checkpoint(self._manifest(number, metrics), self.arrays, state).save(folder)
         atomic.point_to(self.out / checkpoints.LATEST, folder.name)
         self.done = number

@@ -16,6 +16,7 @@ from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.learning.application import Application
 from fl_server.control import ControlSocket
+from fl_server.device_states import fleet_selector
 from fl_server.engine import RoundEngine
 from fl_server.field import FieldService
 from fl_server.history import RoundRecord
@@ -65,7 +66,12 @@ def serve(
     with _interruptible() as signals, options.home.lock(), Services() as services:
         superlink = SuperLink(options.home)  # binds its port; nothing has started yet
         try:
-            field = FieldService(options.home, superlink.registry, tunnel=superlink.tunnel)
+            field = FieldService(
+                options.home,
+                superlink.registry,
+                tunnel=superlink.tunnel,
+                on_event=lambda event, device, facts: _heard(superlink, event),
+            )
         except BaseException:
             superlink.stop()
             raise
@@ -107,11 +113,17 @@ def _federate(options: RunOptions, superlink: SuperLink, on_round: Callable[[Rou
         out=options.out,
         stage=STAGE,
         on_round=on_round,
+        selector=fleet_selector(options.config, options.application.name, superlink.devices, options.seed),
     )
     devices = tuple(sorted(grid.device_names().values()))
     final = engine.run()
     grid.close(completed=True)  # an interrupted run stays open: the same command goes on in the same round
     return RunResult(final, engine.history.records, devices)
+
+
+def _heard(superlink: SuperLink, event: str) -> None:
+    if event in ("birth", "state"):
+        superlink.bell.ring_engine()  # a round may wait for a device that may be asked
 
 
 def _names(superlink: SuperLink, nodes: list[int]) -> list[str]:

@@ -16,7 +16,7 @@ from fl_core.contracts.errors import EnvironmentFault
 from fl_core.flower import wire
 from fl_core.flower.adapter import LinkStore
 from fl_server.bell import Bell
-from fl_server.device_table import DATABASE_NAME
+from fl_server.device_table import DATABASE_NAME, DeviceTable
 from fl_server.directory import Caller, Directory
 from fl_server.doorman import Doorman
 from fl_server.endpoint import Endpoint
@@ -27,7 +27,6 @@ from fl_server.link_grid import LinkGrid
 from fl_server.registry import Device
 from fl_server.repository_files import RepositoryFiles
 from fl_server.repository_watch import RepositoryWatch
-from fl_server.telemetry import Telemetry
 from fl_server.tunnel import TunnelServer
 
 KEEP_ALIVE_SECONDS = 300  # else each slow poll pays a TLS handshake
@@ -71,15 +70,22 @@ class SuperLink:
             home.state_file.chmod(0o600)
             self.registry = home.registry()
             self.directory = Directory(self.registry, self.store)
+            self.devices = DeviceTable(home.path / DATABASE_NAME)
         except BaseException:
             self._socket.close()
             raise
         self._files = RepositoryFiles(home.repository)
         self._watch = RepositoryWatch(self._files, lambda generation: self.bell.ring_doors())
-        self.telemetry = Telemetry(home.path / DATABASE_NAME)
         doorman = Doorman(self.registry, home.settings.fleet, home.ca_file.read_bytes(), self._came_in)
         self._endpoint = Endpoint(
-            self.store, self.directory, self.bell, self._files, self._welcome, self.telemetry, doorman
+            self.store,
+            self.directory,
+            self.bell,
+            self._files,
+            self._welcome,
+            self.devices.telemetry,
+            doorman,
+            self.devices.note_posted,
         )
         self.fleet_watch = FleetWatch(self.registry, self.directory, self.store, self.bell)
         self.tunnel = TunnelServer(
@@ -134,8 +140,8 @@ class SuperLink:
             self._thread.join(STOP_SECONDS + 5)
         self._socket.close()
         self._endpoint.close()
-        self.telemetry.close()
         self.registry.close()
+        self.devices.close()
 
     def grid(self, run_name: str = DEFAULT_RUN) -> LinkGrid:
         """The run of this name, as an earlier grid left it (in another process too), or a new one."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from fl_core.contracts.config import choice, number, sequence
 from fl_core.contracts.errors import ConfigError
-from fl_core.contracts.sections import AlgorithmConfig, ExportConfig, OptimizerConfig, PretrainConfig
+from fl_core.contracts.sections import AlgorithmConfig, ExportConfig, OptimizerConfig, PretrainConfig, SelectionConfig
 
 MAIZE = ("northern_leaf_blight", "common_rust", "gray_leaf_spot", "healthy")
 # The partition that ``read`` makes without knowing a configuration; the defaults of [data] are the same.
@@ -59,6 +59,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 

@@ -1,10 +1,11 @@
-"""The configuration sections that every application shares: [optimizer] [algorithm] [pretrain] [export]."""
+"""The configuration sections that every application shares: [optimizer] [algorithm] [selection] [pretrain] [export]."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fl_core.contracts.config import choice, number, sequence, text
+from fl_core.contracts.config import choice, flag, number, sequence, text
+from fl_core.contracts.device_state import NETWORKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,37 @@ class AlgorithmConfig:
     beta_2: float = number(0.99, low=0.0, high=0.99999)
     tau: float = number(1e-3, low=1e-12, help="fedadam, fedyogi: adaptivity")
     max_update_norm: float = number(0.0, low=0.0, help="screening: larger updates are refused; 0 = no bound")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which devices may be asked, by what they say of themselves. The defaults ask everyone who is online."""
+
+    min_battery: float = number(0.0, low=0.0, high=1.0, help="charge, from 0 to 1; a charging device may have less")
+    require_charging: bool = flag(False)
+    allow_metered: bool = flag(True, help="ask devices whose way to the server costs by volume")
+    networks: tuple[str, ...] = sequence((), help="accepted kinds of network; [] = any")
+    max_temperature_c: float = number(0.0, low=0.0, high=150.0, help="0 = no bound")
+    min_free_storage: int = number(0, low=0, high=2**50, help="bytes")
+    min_examples: int = number(0, low=0, help="of this application on the device")
+    max_data_age_s: float = number(0.0, low=0.0, help="age of the newest sample; 0 = any")
+    min_version: str = text("", help="of the application's package on the device, as 1.2.3")
+    groups: tuple[str, ...] = sequence((), help="accepted groups; [] = any")
+    tags: tuple[str, ...] = sequence((), help="all of which a device must have")
+    max_state_age_s: float = number(0.0, low=0.0, help="older states count as unknown; 0 = any age")
+    unknown: str = choice("allow", "allow", "refuse", help="devices that do not tell what a condition asks for")
+    fairness: str = choice("uniform", "uniform", "least_recent", help="least_recent: whose last turn is longest ago")
+    weight: str = choice(
+        "equal", "equal", "examples", help="examples: chances by number of examples, beside their weight in the mean"
+    )
+
+    def __post_init__(self) -> None:
+        if odd := sorted(set(self.networks) - set(NETWORKS)):
+            raise ValueError(f"networks: {odd[0]!r} is not accepted; accepted: {', '.join(NETWORKS)}")
+        if self.min_version and not all(part.isascii() and part.isdigit() for part in self.min_version.split(".")):
+            raise ValueError(f"min_version = {self.min_version!r} is not accepted; write 1.2.3")
+        if self.fairness == "least_recent" and self.weight != "equal":
+            raise ValueError("fairness = 'least_recent' leaves nothing to chance: set weight = 'equal'")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ WAIT_PATH = "/fieldfleet/v1/wait"
 PULL_PATH = "/fieldfleet/v1/pull"
 PUSH_PATH = "/fieldfleet/v1/push"
 WELCOME_PATH = "/fieldfleet/v1/welcome"
+STATE_PATH = "/fieldfleet/v1/state"
 REPOSITORY_PATH = "/fieldfleet/v1/repository/"
 REPOSITORY_HEADER = "fieldfleet-repository"  # in each answer: a number that grows with each publication
 

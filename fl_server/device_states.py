@@ -1,0 +1,75 @@
+"""What the fleet's devices last said of themselves, read from the table of devices for the selection."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from fl_core.contracts.device_state import DeviceState, from_table
+from fl_core.contracts.errors import IntegrityError
+from fl_core.contracts.sections import SelectionConfig
+from fl_server.device_table import DeviceTable
+from fl_server.selection import StateSelector
+
+log = logging.getLogger(__name__)
+POST_KEYS = ("device", "capabilities")
+
+
+class DeviceStates:
+    """Callable: name -> DeviceState, of every device that ever said something; a state that cannot be read is unknown."""
+
+    def __init__(self, table: DeviceTable) -> None:
+        self._table = table
+
+    def __call__(self) -> Mapping[str, DeviceState]:
+        found = {}
+        for row in self._table.devices():
+            try:
+                found[row["name"]] = read_state(row["state"], seen_at=row["last_seen"], origin=row["name"])
+            except IntegrityError as error:
+                log.warning("selection: %s", error.message)
+                found[row["name"]] = DeviceState(seen_at=row["last_seen"])
+        return found
+
+
+def fleet_selector(config: Any, application: str, table: DeviceTable, seed: int) -> StateSelector:
+    """The selector of a run over a real fleet: [selection] of its configuration, by what devices say now."""
+    settings = getattr(config, "selection", None) or SelectionConfig()  # an application without that section
+    return StateSelector(settings, DeviceStates(table), seed=seed, application=application, clock=time.time)
+
+
+def read_state(body: Mapping[str, Any], *, seen_at: float, origin: str) -> DeviceState:
+    """From the body of a birth, a state message or a posted one. Raises IntegrityError naming the key.
+
+    Applications, roles and versions come from the capabilities; the time is the server's own.
+    """
+    state = from_table(body.get("device", {}), origin=f"{origin}: device")
+    told = body.get("capabilities", {})
+    if not isinstance(told, Mapping):
+        raise IntegrityError(f"{origin}: the capabilities are not a table")
+    roles, runtime = told.get("roles", {}), told.get("runtime", {})
+    table = {
+        "applications": told.get("applications"),
+        "trains": roles.get("train") if isinstance(roles, Mapping) else None,
+        "version": runtime.get("fieldfleet") if isinstance(runtime, Mapping) else None,
+    }
+    known = from_table(table, origin=f"{origin}: capabilities")
+    values = {name: value for name in table if (value := getattr(known, name)) is not None}
+    return dataclasses.replace(state, seen_at=seen_at, **values)
+
+
+def parse_posted(body: bytes, *, origin: str) -> dict[str, Any]:
+    """The body of POST /fieldfleet/v1/state. Raises IntegrityError; keys that are not for here are dropped."""
+    try:
+        table = json.loads(body)
+    except (ValueError, RecursionError):
+        raise IntegrityError(f"{origin}: the state is not JSON") from None
+    if not isinstance(table, dict):
+        raise IntegrityError(f"{origin}: the state is not a table")
+    found = {key: table[key] for key in POST_KEYS if key in table}
+    read_state(found, seen_at=0.0, origin=origin)
+    return found
