@@ -7,39 +7,59 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fl_core.contracts.device_state import DeviceState, from_table
 from fl_core.contracts.errors import IntegrityError
 from fl_core.contracts.sections import SelectionConfig
 from fl_server.device_table import DeviceTable
+from fl_server.registry import Device, Registry
 from fl_server.selection import StateSelector
+
+if TYPE_CHECKING:
+    from fl_server.superlink import SuperLink
 
 log = logging.getLogger(__name__)
 POST_KEYS = ("device", "capabilities")
 
 
 class DeviceStates:
-    """Callable: name -> DeviceState, of every device that ever said something; a state that cannot be read is unknown."""
+    """Callable: name -> DeviceState of every registered device; a state that cannot be read is unknown.
 
-    def __init__(self, table: DeviceTable) -> None:
-        self._table = table
+    The operator's group and tags (of the registry) come before what a device says of itself.
+    """
+
+    def __init__(self, table: DeviceTable, registry: Registry) -> None:
+        self._table, self._registry = table, registry
 
     def __call__(self) -> Mapping[str, DeviceState]:
-        found = {}
-        for row in self._table.devices():
+        rows = {row["name"]: row for row in self._table.devices()}
+        return {device.name: self._of(device, rows.get(device.name)) for device in self._registry.devices()}
+
+    @staticmethod
+    def _of(device: Device, row: Mapping[str, Any] | None) -> DeviceState:
+        state = DeviceState()
+        if row is not None:
             try:
-                found[row["name"]] = read_state(row["state"], seen_at=row["last_seen"], origin=row["name"])
+                state = read_state(row["state"], seen_at=row["last_seen"], origin=device.name)
             except IntegrityError as error:
                 log.warning("selection: %s", error.message)
-                found[row["name"]] = DeviceState(seen_at=row["last_seen"])
-        return found
+                state = DeviceState(seen_at=row["last_seen"])
+        tags = (*device.tags, *(tag for tag in state.tags or () if tag not in device.tags))
+        known = tags if device.tags or state.tags is not None else None
+        return dataclasses.replace(state, group=device.group or state.group, tags=known)
 
 
-def fleet_selector(config: Any, application: str, table: DeviceTable, seed: int) -> StateSelector:
+def fleet_selector(config: Any, application: str, superlink: SuperLink, seed: int) -> StateSelector:
     """The selector of a run over a real fleet: [selection] of its configuration, by what devices say now."""
     settings = getattr(config, "selection", None) or SelectionConfig()  # an application without that section
-    return StateSelector(settings, DeviceStates(table), seed=seed, application=application, clock=time.time)
+    return StateSelector(
+        settings,
+        DeviceStates(superlink.devices, superlink.registry),
+        seed=seed,
+        application=application,
+        clock=time.time,
+    )
 
 
 def read_state(body: Mapping[str, Any], *, seen_at: float, origin: str) -> DeviceState:

@@ -113,7 +113,7 @@ def _federate(options: RunOptions, superlink: SuperLink, on_round: Callable[[Rou
         out=options.out,
         stage=STAGE,
         on_round=on_round,
-        selector=fleet_selector(options.config, options.application.name, superlink.devices, options.seed),
+        selector=fleet_selector(options.config, options.application.name, superlink, options.seed),
     )
     devices = tuple(sorted(grid.device_names().values()))
     final = engine.run()

@@ -71,6 +71,7 @@ class SuperLink:
             self.registry = home.registry()
             self.directory = Directory(self.registry, self.store)
             self.devices = DeviceTable(home.path / DATABASE_NAME)
+            self.telemetry = self.devices.telemetry
         except BaseException:
             self._socket.close()
             raise
@@ -83,7 +84,7 @@ class SuperLink:
             self.bell,
             self._files,
             self._welcome,
-            self.devices.telemetry,
+            self.telemetry,
             doorman,
             self.devices.note_posted,
         )

@@ -16,6 +16,7 @@ from fl_core.identity import keys
 from fl_core.link.envelope import Envelope
 from fl_server.device_states import DeviceStates, parse_posted
 from fl_server.device_table import DeviceTable
+from fl_server.registry import Registry
 from fl_server.superlink import SuperLink
 from tests.federation import connect, new_home, new_key, running
 
@@ -44,7 +45,7 @@ def test_a_posted_state_is_what_the_selection_sees(superlink: SuperLink, connect
         "nonsense": "x" * 1_000,
     }
     assert post(connection, json.dumps(body).encode()) == 204
-    (found,) = DeviceStates(superlink.devices)().items()
+    (found,) = DeviceStates(superlink.devices, superlink.registry)().items()
     name, state = found
     assert name == "van-1"
     assert (state.battery_level, state.network, state.trains) == (0.5, "wifi", True)
@@ -79,19 +80,35 @@ def test_strangers_and_revoked_devices_are_refused(
 
 
 def test_over_mqtt_the_same_table_is_filled(tmp_path: Path) -> None:
-    table = DeviceTable(tmp_path / "devices.db")
+    table, registry = DeviceTable(tmp_path / "devices.db"), Registry(tmp_path / "registry.db")
+    for number in (1, 2, 3):
+        registry.register(f"van-{number}", keys.public_pem(new_key(tmp_path / str(number))))
     body = {"device": {"charging": True}, "capabilities": {"runtime": {"fieldfleet": "2.0"}}}
     table.note_state("van-1", Envelope(type="birth", boot=1, connection=1, body=body))
     table.note_state("van-2", Envelope(type="birth", boot=1, connection=1, body={"device": {"charging": "maybe"}}))
-    table.note_state("van-3", Envelope(type="birth", boot=1, connection=1, body={}))
-    found = DeviceStates(table)()
+    table.note_state("stranger", Envelope(type="birth", boot=1, connection=1, body={}))
+    found = DeviceStates(table, registry)()
     assert (found["van-1"].charging, found["van-1"].version) == (True, "2.0")
-    for name in ("van-2", "van-3"):
-        assert found[name] == DeviceState(seen_at=found[name].seen_at)
+    assert found["van-2"] == DeviceState(seen_at=found["van-2"].seen_at)
+    assert found["van-3"] == DeviceState()
+    assert "stranger" not in found
     table.note_posted("van-1", {"device": {"charging": False}})
-    row = table.devices()[0]
+    row = next(row for row in table.devices() if row["name"] == "van-1")
     assert (row["alive"], row["boot"], row["state"]) == (True, 1, {"device": {"charging": False}})
     table.close()
+    registry.close()
+
+
+def test_the_operators_group_and_tags_come_first(tmp_path: Path) -> None:
+    table, registry = DeviceTable(tmp_path / "devices.db"), Registry(tmp_path / "registry.db")
+    for name, group, tags in (("van-1", "vans", ["gpu"]), ("van-2", "", [])):
+        registry.register(name, keys.public_pem(new_key(tmp_path / name)), group=group, tags=tags)
+        table.note_posted(name, {"device": {"group": "own", "tags": ["camera"]}})
+    found = DeviceStates(table, registry)()
+    assert (found["van-1"].group, found["van-1"].tags) == ("vans", ("gpu", "camera"))
+    assert (found["van-2"].group, found["van-2"].tags) == ("own", ("camera",))
+    table.close()
+    registry.close()
 
 
 def test_a_posted_body_names_what_is_wrong() -> None:
