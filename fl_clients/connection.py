@@ -135,10 +135,15 @@ class Transport(Protocol):
 def open_transport(
     home: AgentHome, settings: AgentSettings, key: PrivateKey, tunnel: TunnelClient | None = None
 ) -> Transport:
-    """The way to the server that agent.toml chooses; ``tunnel``: the agent's, None = HTTPS only.
+    """The way to the server that agent.toml chooses.
 
-    Raises InputError for a wrong address or a missing CA file.
+    tunnel: the agent's; without one, "auto" is HTTPS alone and "mqtt" brings its own connection to the broker, for
+    commands that run while no agent does. Raises InputError for a wrong address or a missing CA file.
     """
+    if tunnel is None and settings.server.transport == "mqtt":
+        from fl_clients.own_connection import OwnBrokerConnection
+
+        return OwnBrokerConnection(home, settings, key)
     if tunnel is None:
         return ServerConnection(settings.server.url, home.ca_file, key)
     from fl_clients.auto_connection import AutoConnection

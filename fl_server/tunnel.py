@@ -40,6 +40,8 @@ EARLY_LIMIT = WINDOW
 PACKETS_IN_FLIGHT = 2_048  # of all devices: about 120 MB
 EXPIRY_S = 120
 READ = 256 << 10
+COUNT_S = 0.1
+HELLO_S = 0.2  # between two handshakes that one device begins
 
 
 class TunnelServer:
@@ -57,6 +59,7 @@ class TunnelServer:
         self._sweeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self._window, self._counted_at = WINDOW, float("-inf")
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -97,8 +100,11 @@ class TunnelServer:
 
     def window(self) -> int:
         """Packets in flight for each device: all together stay below a bound however many there are."""
-        busy = sum(1 for session in self.sessions.values() if session.end.channel.in_flight)
-        return max(2, min(WINDOW, PACKETS_IN_FLIGHT // max(1, busy)))
+        now = time.monotonic()
+        if now >= self._counted_at + COUNT_S:
+            busy = sum(1 for session in self.sessions.values() if session.end.channel.in_flight)
+            self._window, self._counted_at = max(2, min(WINDOW, PACKETS_IN_FLIGHT // max(1, busy))), now
+        return self._window
 
     def largest_packet(self) -> int:
         return self._mqtt.largest_packet if self._mqtt is not None else packets.PACKET_LIMIT
@@ -200,6 +206,8 @@ class TunnelServer:
         if established is not None and established.end.channel.session == packet.session:
             return
         if pending is None or pending.handshake.session != packet.session or pending.handshake.hello != packet.body:
+            if pending is not None and time.monotonic() - pending.made_at < HELLO_S:
+                return  # it is repeated
             handshake = ServerHandshake(Place(self.fleet, device), packet, self._certificate, self._key)
             pending = self._pending[device] = Pending(handshake)
         self.publish(device, pending.handshake.answer)

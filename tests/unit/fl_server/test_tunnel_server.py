@@ -18,12 +18,16 @@ from flwr.app import MessageType
 
 from fl_clients.auto_connection import AutoConnection
 from fl_clients.broker_connection import BrokerConnection
-from fl_clients.connection import ServerConnection, Unreachable, Unregistered, welcome
+from fl_clients.connection import ServerConnection, Unreachable, Unregistered, open_transport, welcome
+from fl_clients.edge.broker_account import write_account
 from fl_clients.edge.relay import repository_at
+from fl_clients.edge.settings import AgentHome, settings_text
+from fl_clients.enrolment import rotate_key
 from fl_clients.training.fleet import FleetClient
 from fl_core.flower.messages import Reply
 from fl_core.identity import keys
 from fl_core.link import topics
+from fl_server.field import device_account
 from fl_server.superlink import SuperLink
 from tests.federation import new_key, request
 from tests.helpers import eventually
@@ -286,3 +290,25 @@ def test_the_updater_reads_the_repository_through_a_door_on_this_machine(plain: 
             answered.read()
             assert answered.status == status
         http.close()
+
+
+def test_a_command_without_an_agent_brings_its_own_connection(plain: Station, tmp_path: Path) -> None:
+    home = AgentHome(tmp_path / "agent")
+    key = keys.create_device_key(home.key_file)
+    plain.register("van-10", key)
+    write_account(home.account_file, device_account(plain.home, plain.superlink.registry, "van-10"))
+    home.ca_file.write_bytes(plain.home.ca_file.read_bytes())
+    home.settings_file.write_text(settings_text(url="", name="van-10", applications=[], transport="mqtt"))
+    connection = open_transport(home, home.settings(), key)
+    assert welcome(connection).name == "van-10"
+    connection.close()
+    assert welcome(connection).name == "van-10"  # opens again
+    rotate_key(home, connection)
+    connection.close()
+    connection = open_transport(home, home.settings(), keys.load_private_key(home.key_file))
+    assert welcome(connection).name == "van-10"
+    connection.close()
+    connection = open_transport(home, home.settings(), key)
+    with pytest.raises(Unregistered, match="replaced"):
+        welcome(connection)
+    connection.close()
