@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 DATA ?=
+FAULTS_ELSEWHERE := tests/unit/fl_server/test_tunnel_server.py
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow faults lint format bench clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit("fieldfleet needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
@@ -29,6 +30,9 @@ test: lint  ## everything that CI runs
 
 test-slow: $(VENV)/.installed-dev  ## all tests, the slow ones too
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/.installed-dev  ## the fault matrix, all of it, as a table with recovery times (also runs/faults.json)
+	$(BIN)/python -m pytest tests/faults $(FAULTS_ELSEWHERE) --fault-table runs/faults.json
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -78,14 +79,19 @@ class DeviceProcess:
         self.switches.mkdir(parents=True)
         self.key = new_key(self.folder)
         self.worker = worker or [sys.executable, str(ROOT / "tests" / "echo_worker.py"), str(self.switches), name]
+        self.program = [sys.executable, str(ROOT / "tests" / "link_device.py")]
+        self.environment: dict[str, str] = {}
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> DeviceProcess:
-        command = [sys.executable, str(ROOT / "tests" / "link_device.py"), self.url, str(self.ca)]
+        command = [*self.program, self.url, str(self.ca)]
         command += [str(self.folder / "device.key"), str(self.folder / "fleet"), *self.worker]
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
+            environment = {**os.environ, **self.environment}
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment
+            )
         threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
         return self
 
