@@ -14,7 +14,7 @@ from fl_core.flower.records import head
 from fl_core.flower.wire import FleetRefused
 from fl_server.directory import Caller
 
-BATCH_BYTES, SPOOL_BYTES = 1 << 20, 4 << 20
+BATCH_BYTES, SPOOL_BYTES = 1 << 20, 1 << 20
 ReadBatch = Callable[[list[str]], Awaitable[list[bytes]]]
 
 

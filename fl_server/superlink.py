@@ -15,6 +15,7 @@ import uvicorn
 from fl_core.contracts.errors import EnvironmentFault
 from fl_core.flower import wire
 from fl_core.flower.adapter import LinkStore
+from fl_core.runtime.machine import return_memory_early
 from fl_server.bell import Bell
 from fl_server.device_table import DATABASE_NAME, DeviceTable
 from fl_server.directory import Caller, Directory
@@ -61,6 +62,7 @@ class SuperLink:
     def __init__(self, home: ServerHome, *, port: int | None = None) -> None:
         self.home = home
         home.check()
+        return_memory_early()  # uploads come and go by megabytes, in several threads
         listen = home.settings.listen
         self._socket = bind(listen.host, listen.port if port is None else port)
         self.port: int = self._socket.getsockname()[1]

@@ -19,7 +19,7 @@ _COUNT_EDGE = (
     "(SELECT 1 FROM object_children WHERE parent_id=:parent AND child_id=:child)"
 )
 _FREE = "SELECT object_id FROM objects WHERE ref_count=0 AND object_id IN (SELECT value FROM json_each(:ids))"
-_BATCH_BYTES = 4 << 20
+_BATCH_BYTES = 1 << 20
 
 
 class Objects:
