@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Float64 = npt.NDArray[np.float64]
-BLOCK = 1 << 16  # elements; half a megabyte of float64 stays in a core's second-level cache
+BLOCK = 1 << 18  # elements: 2 MB of float64; smaller blocks cost more in calls than they save in cache misses
 
 
 @dataclass(frozen=True, kw_only=True)
