@@ -39,6 +39,10 @@ ERRORS: Mapping[int, type[FieldfleetError]] = {
 Process = subprocess.Popen[bytes]
 
 
+class ProcessEnded(EnvironmentFault):
+    """It ended in the middle of a question: a crash, or it was killed for its memory."""
+
+
 class InferenceProcess:
     """folders: application -> its own folder. Every method may be called from any thread."""
 
@@ -62,9 +66,14 @@ class InferenceProcess:
         return self._asking.locked()
 
     def infer(self, application: str, data: Path) -> dict[str, Any]:
-        """See ``predictions.infer``. Raises its errors, or EnvironmentFault when the process ended."""
+        """See ``predictions.infer``. Raises its errors, or ProcessEnded."""
         with self._asking:
             return self._ask({"do": "infer", "application": application, "data": str(data)})
+
+    def load(self, application: str) -> None:
+        """Have the model in memory. Raises the error of one that cannot be used, ProcessEnded for one that kills."""
+        with self._asking:
+            self._ask({"do": "reload", "application": application})
 
     def reload(self, application: str) -> None:
         """Where the models are in memory: take the new one now. Raises the error of a model that cannot be used."""
@@ -129,7 +138,7 @@ class InferenceProcess:
                 return answer
         except ValueError:
             pass
-        raise EnvironmentFault(
+        raise ProcessEnded(
             f"the inference process {self._crashed(process)}",
             remedy="see its messages in the log; is there memory enough for the model?",
         )

@@ -33,9 +33,11 @@ from fl_core.contracts.errors import (
 from fl_core.contracts.manifests import MANIFEST_NAME
 from fl_core.delivery.names import INDEX_LIMIT, ChannelIndex, file_target, index_target, read_index
 from fl_core.runtime.golden import golden_check
+from fl_core.storage import atomic
 
 ROOT_LIMIT = 512_000
 MAX_BUNDLE_BYTES = 2 << 30
+ATTEMPTS_NAME, ATTEMPTS = "attempts.json", 5
 SPARE_BYTES = 16 << 20
 
 
@@ -177,11 +179,29 @@ class Update:
         if stated != (index.application, index.version, model) or not {model, GOLDEN_NAME} <= set(manifest.files):
             raise IntegrityError(f"{folder / MANIFEST_NAME}: is not the manifest of version {index.version}")
         try:
-            return golden_check(bundle, self.request.target).to_json()
+            self._count_attempt(index.version)
+            report = golden_check(bundle, self.request.target).to_json()
         except (GoalMissed, IntegrityError):
             self.slots.reject(index.version)
             shutil.rmtree(self.staging, ignore_errors=True)
             raise
+        (self.work / ATTEMPTS_NAME).unlink(missing_ok=True)
+        return report
+
+    def _count_attempt(self, version: int) -> None:
+        """A model whose self-test ends this process, for its memory say, is not tried for ever. Raises GoalMissed."""
+        path = self.work / ATTEMPTS_NAME
+        try:
+            table = json.loads(path.read_bytes())
+            count = int(table["count"]) if table["version"] == version else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            count = 0
+        if count >= ATTEMPTS:
+            raise GoalMissed(
+                f"the self-test of version {version} ended its process {count} times",
+                remedy="is the model too large for this device? publish another version",
+            )
+        atomic.write_json(path, {"version": version, "count": count + 1})
 
     def _info(self, client: Updater, name: str) -> TargetFile:
         found = client.get_targetinfo(name)

@@ -7,22 +7,27 @@ The agent itself never loads a model: updates and inference are in processes of 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_clients.connection import open_transport
-from fl_clients.edge.inference_process import InferenceProcess
+from fl_clients.edge.inference_process import InferenceProcess, ProcessEnded
 from fl_clients.edge.relay import repository_at
 from fl_clients.edge.settings import AgentHome, AgentSettings
 from fl_clients.edge.slots import Slots
 from fl_clients.edge.updater import UpdateResult, update
 from fl_clients.edge.welcome import enter_or_remember, pinned_root, root_file, stored_welcome
-from fl_core.contracts.errors import EnvironmentFault, InputError, unknown_name
+from fl_core.contracts.errors import EnvironmentFault, FieldfleetError, InputError, unknown_name
 from fl_core.identity.keys import PrivateKey
 
 if TYPE_CHECKING:
     from fl_clients.tunnel import TunnelClient
+
+
+LOG = logging.getLogger(__name__)
+FATAL_LOADS = 3
 
 
 class NothingPublished(EnvironmentFault):
@@ -46,6 +51,7 @@ class Models:
         folders = {name: home.application(name).folder for name in self.names}
         self.process = InferenceProcess(folders, settings.inference)
         self._slots = {name: Slots(folder) for name, folder in folders.items()}
+        self._fatal: dict[str, tuple[tuple[str, int] | None, int]] = {}
         self._facts: dict[str, tuple[tuple[str, int] | None, dict[str, Any] | None]] = {}
 
     def chosen(self, application: str) -> tuple[str, ...]:
@@ -104,9 +110,26 @@ class Models:
     def infer(self, application: str) -> dict[str, Any]:
         """Run the model on this device's data; the predictions stay here, a summary is returned.
 
-        Raises EnvironmentFault (no model, no data, a crash) or DataError (the data are not readable).
+        Raises EnvironmentFault (no model, no data, a crash) or DataError (the data are not readable). A model whose
+        loading alone keeps ending the process is rolled back.
         """
+        identity = self._slots[application].identity()
+        try:
+            self.process.load(application)
+            self._fatal.pop(application, None)
+        except ProcessEnded:
+            self._count_fatal(application, identity)
+            raise
         return self.process.infer(application, self.data[application])
+
+    def _count_fatal(self, application: str, identity: tuple[str, int] | None) -> None:
+        before = self._fatal.get(application)
+        count = before[1] + 1 if before is not None and before[0] == identity else 1
+        self._fatal[application] = (identity, count)
+        if count >= FATAL_LOADS and identity is not None:
+            LOG.error("agent: the model of %s ended the inference process %d times", application, count)
+            with contextlib.suppress(FieldfleetError):  # there is no former one: it is tried again
+                self._slots[application].roll_back(identity)
 
     def serve(self, host: str, port: int) -> int:
         """Start the gRPC service of all models; returns its port."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from fl_clients.edge.inference_process import InferenceProcess
-from fl_clients.edge.settings import InferenceSettings
+from fl_clients.edge.inference_process import InferenceProcess, ProcessEnded
+from fl_clients.edge.models import FATAL_LOADS, Models
+from fl_clients.edge.settings import AgentHome, InferenceSettings, settings_text
 from fl_clients.edge.slots import Slots
 from fl_clients.edge.updater import update
 from fl_core.contracts.errors import DataError, EnvironmentFault, InputError
+from fl_core.identity import keys
 from fl_core.learning.application import application
 from tests.bundles import TARGET, TOY, damage, publish_toy
 from tests.helpers import eventually
@@ -131,3 +134,34 @@ def test_a_new_model_is_taken_and_a_damaged_one_rolled_back(process: InferencePr
     damage(folder / "slots" / slot / f"model.{TARGET}.onnx")
     assert process.infer(TOY, folder.parent / "data")["model"]["version"] == 2
     assert 3 in Slots(folder).state().rejected
+
+
+def test_a_model_whose_loading_keeps_killing_is_rolled_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = AgentHome(folder.parent / "home")
+    (home.folder / "applications").mkdir(parents=True)
+    folder.rename(home.application(TOY).folder)
+    home.settings_file.write_text(settings_text(url="https://localhost:1", name="v", applications=[TOY]))
+    key = keys.create_device_key(folder.parent / "device.key")
+    models = Models(home, home.settings(), key, {TOY: folder.parent / "data"})
+    load = models.process.load
+
+    def deadly(application: str) -> None:
+        """The process is killed in the middle of loading version 2."""
+        if (models.current(TOY) or {})["version"] == 2:
+            models.process.infer(TOY, models.data[TOY])
+            pid = models.process.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            killer = threading.Timer(0.1, os.kill, (pid, signal.SIGKILL))
+            killer.start()
+        load(application)
+
+    monkeypatch.setattr(models.process, "load", deadly)
+    try:
+        for _ in range(FATAL_LOADS):
+            with pytest.raises(ProcessEnded):
+                models.infer(TOY)
+        assert models.infer(TOY)["model"]["version"] == 1
+        assert 2 in Slots(home.application(TOY).folder).state().rejected
+    finally:
+        models.close()

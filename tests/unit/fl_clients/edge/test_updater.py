@@ -18,7 +18,7 @@ from fl_clients.edge import updater
 from fl_clients.edge.clock import ClockFloor
 from fl_clients.edge.fetcher import Fetcher, base_url
 from fl_clients.edge.inference import InferenceEngine
-from fl_clients.edge.installation import Request, only_one, run_update
+from fl_clients.edge.installation import ATTEMPTS, Request, only_one, run_update
 from fl_clients.edge.slots import Slots, current_bundle
 from fl_core.contracts.errors import (
     EnvironmentFault,
@@ -136,6 +136,32 @@ def test_a_model_that_fails_its_self_test_is_rejected(tmp_path: Path, monkeypatc
         update(tmp_path, child=True)
     assert version(tmp_path) == 1
     assert update(tmp_path).status == "rejected"
+
+
+KILLED_BY_ITS_MODEL = """
+import os, signal, sys
+from fl_clients.edge import installation, updater
+installation.golden_check = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(updater.main(sys.argv[1:]))
+"""
+
+
+def test_a_model_whose_self_test_kills_is_not_tried_for_ever(tmp_path: Path) -> None:
+    publish_toy(tmp_path)
+    update(tmp_path)
+    publish_toy(tmp_path, seed=1)
+    root = tmp_path / "repo" / "metadata" / "1.root.json"
+    command = ["--home", tmp_path / "home", "--application", TOY, "--repository", tmp_path / "repo"]
+    command += ["--root", root, "--target", TARGET]
+    for _ in range(ATTEMPTS):
+        done = subprocess.run([sys.executable, "-c", KILLED_BY_ITS_MODEL, *command], check=False, timeout=60)
+        assert done.returncode == -9
+        assert version(tmp_path) == 1
+    with pytest.raises(GoalMissed, match=f"ended its process {ATTEMPTS} times"):
+        update(tmp_path)
+    assert update(tmp_path).status == "rejected"
+    publish_toy(tmp_path, seed=2)
+    assert update(tmp_path).version == 3, "another version has its own attempts"
 
 
 def test_a_broken_download_is_resumed_by_byte_range(tmp_path: Path) -> None:
