@@ -17,7 +17,8 @@ from fl_core.link.backoff import Backoff
 
 LOG = logging.getLogger(__name__)
 REFRESH_S = 6 * 3600.0
-FIRST_S, FIRST_INCOMPLETE_S, OFTEN_S, SELDOM_S = 1.0, 5.0, 60.0, 600.0
+FIRST_S, FIRST_INCOMPLETE_S, OFTEN_S, SELDOM_S = 1.0, 10.0, 60.0, 600.0
+TELL_EVERY_S = 30.0
 OFTEN = 60  # attempts; a device that was refused for an hour need not ask every minute
 State = Literal["starting", "ok", "away", "refused"]
 
@@ -62,7 +63,8 @@ class Contact:
 class ContactKeeper:
     """run() in a thread of its own. ask() -> the server's welcome, or an error.
 
-    welcomed(welcome): for each answer; changed(): the state is another one; complete(): see ``Contact.pause``.
+    welcomed(welcome): for each answer; changed(): the state is another one; complete(): see ``Contact.pause``;
+    tell(): tells the server our state, on that thread, after ``tell_soon``; it raises what ``ask`` raises.
     """
 
     def __init__(
@@ -72,24 +74,51 @@ class ContactKeeper:
         welcomed: Callable[[Welcome], None],
         changed: Callable[[], None],
         complete: Callable[[], bool],
+        tell: Callable[[], None] = lambda: None,
     ) -> None:
         self.contact = Contact(since=time.time())
         self._ask, self._welcomed, self._changed, self._complete = ask, welcomed, changed, complete
+        self._tell, self._untold = tell, False
         self._ring = threading.Event()
+        self._ask_at, self._tell_at = 0.0, 0.0
 
     def ring(self) -> None:
         """Ask now, or notice the end."""
+        self._ask_at = 0.0
         self._ring.set()
 
     def ring_if_not_ok(self) -> None:
         """Another conversation with the server works again: so does this one."""
         if self.contact.state != "ok":
+            self.ring()
+
+    def doubt(self) -> None:
+        """What the server told of does not work any more (its broker): ask again, unless it comes back soon."""
+        if self.contact.state == "ok":
+            self._ask_at = min(self._ask_at, time.monotonic() + self.contact.incomplete.next())
             self._ring.set()
 
+    def tell_soon(self) -> None:
+        """As soon as the server answers; news within ``TELL_EVERY_S`` are told together."""
+        self._untold = True
+        self._ring.set()
+
     def run(self, stop: threading.Event) -> None:
+        refresh_at = 0.0
         while not stop.is_set():
-            self._try()
-            self._ring.wait(self.contact.pause(complete=self._complete()))
+            now = time.monotonic()
+            if now >= self._ask_at:
+                if self.contact.state != "ok" or now >= refresh_at or not self._complete() or not self._ask_at:
+                    self._try()
+                    refresh_at = now + REFRESH_S
+                self._ask_at = time.monotonic() + self.contact.pause(complete=self._complete())
+            if self._untold and self.contact.state == "ok" and now >= self._tell_at:
+                self._untold, self._tell_at = False, now + TELL_EVERY_S
+                self._attempt(self._tell)
+                if self.contact.state != "ok":
+                    self._ask_at = time.monotonic() + self.contact.pause(complete=True)
+            due = min(self._ask_at, self._tell_at) if self._untold and self.contact.state == "ok" else self._ask_at
+            self._ring.wait(max(0.0, due - time.monotonic()))
             self._ring.clear()
 
     def note(self, state: State, reason: str = "") -> None:
@@ -98,8 +127,11 @@ class ContactKeeper:
             self._changed()
 
     def _try(self) -> None:
+        self._attempt(lambda: self._welcomed(self._ask()))
+
+    def _attempt(self, step: Callable[[], None]) -> None:
         try:
-            self._welcomed(self._ask())
+            step()
             self.note("ok")
         except Unreachable as error:
             self._failed("away", str(error))
@@ -112,4 +144,5 @@ class ContactKeeper:
     def _failed(self, state: State, reason: str) -> None:
         if (state, reason) != (self.contact.state, self.contact.reason):
             LOG.warning("agent: server %s: %s", state, reason)
+        self._untold = True  # after an outage the server should hear how we are
         self.note(state, reason)

@@ -7,6 +7,7 @@ training run in processes of their own. Decisions are in ``duties``, jobs in ``w
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -34,7 +35,7 @@ from fl_clients.edge.training import Training, worker_command
 from fl_clients.edge.updater import UpdateResult
 from fl_clients.edge.welcome import enter, enter_or_remember, stored_welcome
 from fl_clients.edge.work import Task, Work
-from fl_core.contracts.errors import InputError
+from fl_core.contracts.errors import InputError, RefusedError
 from fl_core.identity.keys import load_private_key
 from fl_core.link import topics
 from fl_core.link.backoff import Backoff
@@ -47,6 +48,7 @@ JOIN_S = 5.0
 CONNECT_S = 10.0
 FIRST_RETRY_S = 30.0
 TOLD_UPDATE_S = 6 * 3_600.0
+STATE_PATH, STATE_KEYS = "/fieldfleet/v1/state", ("device", "capabilities")
 TELEMETRY, SETTLE = "telemetry", "settle"
 FIRST_SETTLE_S, SETTLE_S = 8.0, 1_800.0  # give back what only the start, or a burst of work, needed of the libraries
 
@@ -104,6 +106,7 @@ class Agent:
             welcomed=self._welcomed,
             changed=self._announce,
             complete=lambda: self.link.session is None or self.link.connected,
+            tell=self._tell_state,
         )
         self.offers = Offers({name: settings.of(name).channel for name in settings.device.names})
         self._looked_at: float | None = None  # at the repository; None: a look is due
@@ -223,7 +226,21 @@ class Agent:
     def _announce(self) -> None:
         """Something changed: the server hears it, and so does an operator after a crash."""
         self.link.announce()
+        if self.link.session is None:
+            self.keeper.tell_soon()
         self.status_file.write(self.local_facts)
+
+    def _tell_state(self) -> None:
+        """Without MQTT, by a request. An older server that does not listen to it need not know."""
+        if self.link.session is not None:
+            return
+        facts = self.facts()
+        body = json.dumps({key: facts[key] for key in STATE_KEYS if key in facts}).encode()
+        answer = self.connection.request("POST", STATE_PATH, body, limit=65_536)
+        if answer.status == 401:
+            raise RefusedError(f"{self.connection.url} refuses this device: {answer.reason()}")
+        if answer.status >= 400:
+            LOG.info("agent: the server does not take our state: %s", answer.reason())
 
     def _serve_operator(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request.get("do") == duties.ENABLE:
@@ -239,6 +256,8 @@ class Agent:
     def _tell_telemetry(self) -> None:
         facts = {key: value for key, value in self.facts().items() if key != "capabilities"}  # the state tells them
         self.link.report(TELEMETRY, facts, droppable=True)
+        if self.link.session is None:
+            self.keeper.tell_soon()
 
     @staticmethod
     def _guarded(step: Callable[..., None], *arguments: Any) -> None:
@@ -250,6 +269,8 @@ class Agent:
     def _link_changed(self) -> None:
         self.wake.set()
         self.courier.ring()
+        if not self.link.connected:
+            self.keeper.doubt()
 
     def _end(self) -> None:
         self.stop.set()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fl_core.link.outbox import DeviceStore
+from tests.bundles import TOY
 from tests.field import NAME, Field
 from tests.helpers import eventually, fieldfleet
 
@@ -76,6 +77,8 @@ def test_a_fleet_without_mqtt_updates_and_infers(tmp_path: Path) -> None:
         field.publish(0)
         with field.running("--no-train", alive=False) as process:
             eventually(lambda: list(field.predictions.glob("*.csv")), 60)
+            told = eventually(lambda: [d for d in field.superlink.devices.devices() if d["name"] == NAME], 60)
+            assert TOY in told[0]["state"]["capabilities"]["applications"], "by a request"
             process.terminate()
             assert process.wait(20) == 0
         store = DeviceStore(field.agent / "outbox.db")
