@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fl_clients.edge.samples.commands import add_data_commands
 from fl_core.contracts.cli import Subparsers, command, emit
 from fl_core.contracts.errors import InputError
 from fl_core.contracts.names import checked_name
@@ -63,6 +64,7 @@ def add_commands(subparsers: Subparsers) -> None:
     enable.add_argument("home", type=Path, metavar="HOME")
     rotate = command(inner, "rotate-key", run_rotate_key, help="give this device a new key", config=False)
     rotate.add_argument("home", type=Path, metavar="HOME")
+    add_data_commands(inner)
     back = command(inner, "roll-back", run_roll_back, help="return to the former model", config=False)
     back.add_argument("home", type=Path, metavar="HOME")
     back.add_argument("--application", default="", metavar="APP", help="whose model (needed where there are several)")

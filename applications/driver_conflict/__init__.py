@@ -3,6 +3,7 @@
 from applications.driver_conflict import data, metrics, pipeline
 from applications.driver_conflict.config import Config
 from applications.driver_conflict.generator import generate
+from applications.driver_conflict.samples import FORMAT as SAMPLES
 from fl_core.learning.application import Application
 
 APPLICATION = Application(
@@ -25,4 +26,5 @@ APPLICATION = Application(
     model="applications.driver_conflict.model:build_model",
     loss="applications.driver_conflict.loss:loss",
     augment="applications.driver_conflict.augment:augment",
+    samples=SAMPLES,
 )

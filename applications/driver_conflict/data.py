@@ -63,19 +63,23 @@ class Drives:
         return type(self)(self.channels, tuple(e for e in self.events if e.client in wanted))
 
     def write(self, folder: Path) -> None:
+        with atomic.new_folder(folder) as temporary:
+            self.write_into(temporary)
+
+    def write_into(self, folder: Path) -> None:
+        """``write`` into a folder that exists."""
         sizes = np.array([len(e.rows) for e in self.events], np.int64)
         row0 = np.cumsum(sizes) - sizes
         rows = [e.rows for e in self.events] or [np.zeros((0, len(self.channels)), np.float32)]
-        with atomic.new_folder(folder) as temporary:
-            np.savez_compressed(
-                temporary / SERIES_NAME,
-                X=np.concatenate(rows),
-                channels=np.array(self.channels),
-                event_id=np.array([e.event_id for e in self.events], np.int64),
-                row0=row0,
-                n_rows=sizes,
-            )
-            (temporary / EVENTS_NAME).write_text(self._table(row0), encoding="utf-8")
+        np.savez_compressed(
+            folder / SERIES_NAME,
+            X=np.concatenate(rows),
+            channels=np.array(self.channels),
+            event_id=np.array([e.event_id for e in self.events], np.int64),
+            row0=row0,
+            n_rows=sizes,
+        )
+        (folder / EVENTS_NAME).write_text(self._table(row0), encoding="utf-8")
 
     def _table(self, row0: npt.NDArray[np.int64]) -> str:
         out = io.StringIO()
@@ -144,7 +148,7 @@ def read(path: Path) -> Drives:
     series = path / SERIES_NAME
     table = path / EVENTS_NAME
     arrays = archive.read_npz(series, required=("X", "channels", "event_id", "row0", "n_rows"))
-    channels = _channels(series, arrays)
+    channels = checked_channels(series, arrays)
     places = _places(series, arrays)
     facts = _facts(table)
     for event_id in sorted(set(places) ^ set(facts)):
@@ -162,7 +166,7 @@ def read(path: Path) -> Drives:
     return Drives(channels, tuple(events))
 
 
-def _channels(file: Path, arrays: dict[str, npt.NDArray[np.generic]]) -> tuple[str, ...]:
+def checked_channels(file: Path, arrays: dict[str, npt.NDArray[np.generic]]) -> tuple[str, ...]:
     x, channels = arrays["X"], tuple(str(c) for c in np.atleast_1d(arrays["channels"]))
     if x.ndim != 2 or x.dtype.kind not in "fiu" or x.shape[1] != len(channels):
         raise DataError(f"{file}: X is {x.dtype}{x.shape}, expected numbers of shape (rows, {len(channels)})")

@@ -3,6 +3,7 @@
 from applications.plant_disease import data, metrics, pipeline
 from applications.plant_disease.config import Config
 from applications.plant_disease.generator import generate
+from applications.plant_disease.samples import FORMAT as SAMPLES
 from fl_core.learning.application import Application
 
 APPLICATION = Application(
@@ -25,4 +26,5 @@ APPLICATION = Application(
     model="applications.plant_disease.model:build_model",
     loss="applications.plant_disease.loss:loss",
     augment="applications.plant_disease.augment:augment",
+    samples=SAMPLES,
 )

@@ -3,6 +3,7 @@
 from applications.toy_regression import data, metrics, pipeline
 from applications.toy_regression.config import Config
 from applications.toy_regression.generator import generate
+from applications.toy_regression.samples import FORMAT as SAMPLES
 from fl_core.learning.application import Application
 
 APPLICATION = Application(
@@ -24,4 +25,5 @@ APPLICATION = Application(
     higher_is_better=True,
     model="applications.toy_regression.model:build_model",
     loss="applications.toy_regression.loss:loss",
+    samples=SAMPLES,
 )

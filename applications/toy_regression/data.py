@@ -36,13 +36,8 @@ class Rows:
         return type(self)(self.client[keep], self.x[keep], self.y[keep])
 
     def write(self, folder: Path) -> None:
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["client", "target", *(f"x{i}" for i in range(self.x.shape[1]))])
-        for client, target, row in zip(self.client, self.y, self.x, strict=True):
-            writer.writerow([client, repr(float(target)), *(repr(float(v)) for v in row)])
         with atomic.new_folder(folder) as temporary:
-            (temporary / FILE_NAME).write_text(out.getvalue(), encoding="utf-8")
+            write_rows(self, temporary)
 
     def examples(self, config: Any) -> Examples:
         cfg: Config = config
@@ -53,6 +48,16 @@ class Rows:
             )
         ids = np.array([f"{c}/{i}" for c, i in zip(self.client, positions(self.client), strict=True)])
         return Examples({"features": self.x}, self.y, {"example_id": ids, "client": self.client, "group": ids})
+
+
+def write_rows(rows: Rows, folder: Path) -> None:
+    """Into a folder that exists."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["client", "target", *(f"x{i}" for i in range(rows.x.shape[1]))])
+    for client, target, row in zip(rows.client, rows.y, rows.x, strict=True):
+        writer.writerow([client, repr(float(target)), *(repr(float(v)) for v in row)])
+    (folder / FILE_NAME).write_text(out.getvalue(), encoding="utf-8")
 
 
 def positions(client: npt.NDArray[np.str_]) -> list[int]:

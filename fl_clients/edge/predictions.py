@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_clients.edge.inference import InferenceEngine, Loaded
+from fl_clients.edge.samples.store import open_data
 from fl_clients.edge.summary import summarize
 from fl_core.contracts.errors import EnvironmentFault
 from fl_core.learning.examples import RawData
@@ -26,7 +27,11 @@ def infer(engine: InferenceEngine, data: Path, predictions: Path) -> dict[str, A
     model = engine.model()
     if not data.is_dir():
         raise EnvironmentFault(f"{data}: no data on this device", remedy="name its folder with --data or in agent.toml")
-    raw = model.application.read(data)
+    with open_data(model.application, model.config, data, labelled=False, client="device") as raw:
+        return _infer(engine, model, raw, predictions)
+
+
+def _infer(engine: InferenceEngine, model: Loaded, raw: RawData, predictions: Path) -> dict[str, Any]:
     began = time.perf_counter()
     columns = engine.infer(raw)
     count = len(columns["example_id"])

@@ -126,6 +126,27 @@ class OutboxSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleSettings:
+    """``[samples]``: this device's data come one by one; instead of the folder of whole data sets."""
+
+    enabled: bool = config.flag(False, help="take samples from the inbox, MQTT and programs on this device")
+    inbox: str = config.text("", help="folder of files to take, relative to agent.toml; empty = samples/inbox")
+    settle_s: float = config.number(2.0, low=0.0, high=3_600.0, help="a file must not have changed for so long")
+    poll_s: float = config.number(5.0, low=0.1, high=3_600.0, help="between two looks at the inbox")
+    max_mb: float = config.number(1_024.0, low=0.01, high=1e7, help="the oldest samples go first")
+    max_samples: int = config.number(100_000, low=1, high=10_000_000)
+    max_days: float = config.number(90.0, low=0.001, high=36_500.0, help="older samples are deleted")
+    mqtt_topics: tuple[str, ...] = config.sequence(
+        (), help="of a broker on this device: samples and labels of other programs"
+    )
+    mqtt_application: str = config.text("", help="whose samples they are; needed where there are several")
+    mqtt_host: str = config.text("127.0.0.1")
+    mqtt_port: int = config.number(1883, low=1, high=65_535)
+    mqtt_username: str = config.text("")
+    mqtt_password_file: str = config.text("", help="relative to agent.toml")
+
+
+@dataclass(frozen=True, kw_only=True)
 class IntervalSettings:
     update_s: float = config.number(3_600.0, low=1.0, high=30 * 86_400.0, help="between checks for a new model")
     infer_s: float = config.number(0.0, low=0.0, high=30 * 86_400.0, help="between runs; 0 = for each new model only")
@@ -141,6 +162,7 @@ class AgentSettings:
     grpc: GrpcSettings = field(default_factory=GrpcSettings)
     mqtt: MqttSettings = field(default_factory=MqttSettings)
     outbox: OutboxSettings = field(default_factory=OutboxSettings)
+    samples: SampleSettings = field(default_factory=SampleSettings)
     intervals: IntervalSettings = field(default_factory=IntervalSettings)
     applications: Mapping[str, ApplicationSettings] = field(default_factory=dict)
 
@@ -159,6 +181,10 @@ class ApplicationHome:
     @property
     def predictions(self) -> Path:
         return self.folder / "predictions"
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples"
 
 
 @dataclass(frozen=True)
@@ -224,9 +250,12 @@ class AgentHome:
                 common = folder
         for name in names:
             own = settings.of(name).data
-            if own and common == self.folder / Path(settings.device.data).expanduser():
+            if own and not settings.samples.enabled and common == self.folder / Path(settings.device.data).expanduser():
                 found.setdefault(name, self.folder / Path(own).expanduser())
-            found.setdefault(name, common if len(names) == 1 else common / name)
+            fallback = common if len(names) == 1 else common / name
+            found.setdefault(
+                name, self.application(name).samples if settings.samples.enabled and not options else fallback
+            )
         return found
 
     def settings(self) -> AgentSettings:
@@ -243,6 +272,7 @@ class AgentHome:
         try:
             own = _application_settings(table.pop("applications", {}), origin)
             found = replace(config.parse(AgentSettings, table, origin=origin), applications=own)
+            _check_samples(found, origin)
             if odd := sorted(set(own) - set(found.device.names)):
                 raise ConfigError(
                     f"{origin}: [applications.{odd[0]}] is for no application of this device",
@@ -280,6 +310,16 @@ class AgentHome:
             yield
         finally:
             os.close(handle)
+
+
+def _check_samples(found: AgentSettings, origin: str) -> None:
+    samples, names = found.samples, found.device.names
+    if samples.enabled and not names:
+        raise ConfigError(f"{origin}: samples.enabled needs device.applications", remedy="name the applications")
+    if samples.mqtt_topics and samples.mqtt_application not in (*names, *([""] if len(names) == 1 else [])):
+        raise ConfigError(
+            f"{origin}: samples.mqtt_application = {samples.mqtt_application!r}", remedy=f"one of: {', '.join(names)}"
+        )
 
 
 def _application_settings(table: Any, origin: str) -> dict[str, ApplicationSettings]:
@@ -332,6 +372,12 @@ keepalive_s = 120
 max_mb = 16.0
 max_days = 30.0
 hold_s = 900.0  # telemetry waits so long to be sent with more of it
+
+[samples]  # data that come one by one, instead of the folder above
+enabled = false
+inbox = ""      # files of samples and labels; "" = applications/NAME/samples/inbox
+max_mb = 1024.0
+max_days = 90.0
 
 [intervals]
 update_s = 3600.0     # between checks for a new model; fewer while the server tells of new ones

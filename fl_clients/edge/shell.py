@@ -30,6 +30,7 @@ from fl_clients.edge.field_link import FieldLink
 from fl_clients.edge.models import Models, NothingPublished
 from fl_clients.edge.offers import Offer, Offers
 from fl_clients.edge.operator import OperatorSocket, StatusFile
+from fl_clients.edge.samples.keeper import SampleKeeper
 from fl_clients.edge.settings import AgentHome, AgentSettings
 from fl_clients.edge.training import Training, worker_command
 from fl_clients.edge.updater import UpdateResult
@@ -99,6 +100,7 @@ class Agent:
         self.courier = Courier(
             self.link.records, self.link, lambda: open_transport(home, settings, self.key, self.tunnel)
         )
+        self.samples = SampleKeeper(home, settings)
         self.desk = JobDesk(self.link.finished)
         self.operator, self.status_file = OperatorSocket(home, self._serve_operator), StatusFile(home)
         self.keeper = ContactKeeper(
@@ -147,6 +149,8 @@ class Agent:
                     self._welcomed(known)
                 self._thread("agent-contact", lambda: self.keeper.run(self.stop))
                 self._thread("agent-records", lambda: self.courier.run(self.stop))
+                if self.settings.samples.enabled:
+                    self._thread("agent-samples", lambda: self.samples.run(self.stop))
                 self._loop()
         finally:
             self._end()
@@ -402,6 +406,7 @@ class Agent:
             "contact": self.keeper.contact.facts(),
             "clock": self.connection.signer.clock_facts(),
             "failures": self.work.failures(),
+            "samples": self.samples.summaries(),
             "outbox": {"waiting": waiting + records, "dropped": dropped + lost},
             "uptime_s": round(time.monotonic() - self.started, 1),
             "rss_mb": round(resident_bytes() / 2**20, 1),

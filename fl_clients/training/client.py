@@ -27,6 +27,7 @@ from fl_core.learning.torch_arrays import predict, set_arrays, tensors
 
 log = logging.getLogger(__name__)
 Source = Callable[[Application, Any], Examples]
+Version = Callable[[Application, Any], str]
 CLIENT_ERROR = 1  # Flower's error code of a message that failed on the client
 
 
@@ -61,12 +62,19 @@ class ClientRuntime:
 
     source(application, config) -> Examples: this client's own data.
     allowed: the applications that this client takes part in (None = every installed one).
+    version(application, config): changes when the source has other data.
     """
 
     def __init__(
-        self, client: str, source: Source, *, learners: Learners | None = None, allowed: frozenset[str] | None = None
+        self,
+        client: str,
+        source: Source,
+        *,
+        learners: Learners | None = None,
+        allowed: frozenset[str] | None = None,
+        version: Version = lambda application, config: "",
     ) -> None:
-        self.client, self.source, self.allowed = client, source, allowed
+        self.client, self.source, self.allowed, self.version = client, source, allowed, version
         self.learners = learners or Learners()
         self._data: tuple[str, ClientData] | None = None
 
@@ -120,7 +128,10 @@ class ClientRuntime:
         return self.learners.get(request.application, request.config)
 
     def _own_data(self, learner: Learner, seed: int) -> ClientData:
-        key = json.dumps([learner.application.name, repr(learner.config.data), repr(learner.config.model), seed])
+        version = self.version(learner.application, learner.config)
+        key = json.dumps(
+            [learner.application.name, repr(learner.config.data), repr(learner.config.model), seed, version]
+        )
         if self._data is None or self._data[0] != key:
             examples = self.source(learner.application, learner.config)
             self._data = (key, client_data(examples, self.client, learner.config.data.validation_fraction, seed))

@@ -16,12 +16,13 @@ from typing import Any, BinaryIO
 
 from flwr.app import Error, Message
 
+from fl_clients.edge.samples.store import data_version, open_data
 from fl_clients.training import frames
 from fl_core.contracts.cli import start_logging
 from fl_core.contracts.errors import DataError, FieldfleetError
 from fl_core.flower import adapter
 from fl_core.learning.application import Application
-from fl_core.learning.examples import Examples
+from fl_core.learning.examples import Examples, RawData
 
 log = logging.getLogger(__name__)
 Handler = Callable[[Message], Message]
@@ -29,16 +30,22 @@ GENERATED = "generated"
 APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
-def device_source(data: str, client: str, seed: int) -> Callable[[Application, Any], Examples]:
-    """Where this device's examples come from: a folder in the application's format, or its generator.
+def device_source(data: str, client: str, seed: int, name: str = "device") -> Callable[[Application, Any], Examples]:
+    """Where this device's examples come from: a folder in the application's format, its generator, or the labelled
+    samples of this moment where the folder is a store of samples.
 
-    client: only this client of the data set ("" = all of it; a generated data set needs one).
+    client: only this client of the data set ("" = all of it; a generated data set needs one). name: this device's.
     """
 
     def source(application: Application, config: Any) -> Examples:
-        raw = application.generate(config, seed) if data == GENERATED else application.read(Path(data))
-        if data == GENERATED and not client:
-            raise DataError("generated data needs a client name", remedy="agent run HOME --client NAME")
+        if data == GENERATED:
+            if not client:
+                raise DataError("generated data needs a client name", remedy="agent run HOME --client NAME")
+            return examples(application, config, application.generate(config, seed))
+        with open_data(application, config, Path(data), labelled=True, client=name) as raw:
+            return examples(application, config, raw)
+
+    def examples(application: Application, config: Any, raw: RawData) -> Examples:
         if client:
             known = raw.client_ids()
             if client not in known:
@@ -52,12 +59,13 @@ def device_source(data: str, client: str, seed: int) -> Callable[[Application, A
     return source
 
 
-def device_sources(places: Sequence[str], client: str, seed: int) -> Callable[[Application, Any], Examples]:
+def device_sources(
+    places: Sequence[str], client: str, seed: int, name: str = "device"
+) -> Callable[[Application, Any], Examples]:
     """``device_source`` of one place for every application, or of each application's own (NAME=PLACE)."""
     if len(places) == 1:
-        return device_source(places[0], client, seed)
-    pairs = (place.partition("=") for place in places)
-    sources = {name: device_source(place, client, seed) for name, _, place in pairs}
+        return device_source(places[0], client, seed, name)
+    sources = {app: device_source(place, client, seed, name) for app, place in _pairs(places).items()}
 
     def source(application: Application, config: Any) -> Examples:
         if application.name not in sources:
@@ -65,6 +73,21 @@ def device_sources(places: Sequence[str], client: str, seed: int) -> Callable[[A
         return sources[application.name](application, config)
 
     return source
+
+
+def data_versions(places: Sequence[str]) -> Callable[[Application, Any], str]:
+    """What changes with this device's samples; "" for whole data sets, which do not change under a worker."""
+    pairs = _pairs(places)
+
+    def version(application: Application, config: Any) -> str:
+        place = places[0] if len(places) == 1 else pairs.get(application.name, GENERATED)
+        return "" if place == GENERATED else data_version(application, config, Path(place))
+
+    return version
+
+
+def _pairs(places: Sequence[str]) -> dict[str, str]:
+    return {name: place for name, _, place in (place.partition("=") for place in places)}
 
 
 def serve(handler: Handler, incoming: BinaryIO, outgoing: BinaryIO) -> None:
@@ -119,9 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from fl_clients.training.client import ClientRuntime
 
     torch.set_num_threads(max(1, args.threads))
-    source = device_sources(args.data, args.client, args.data_seed)
+    source = device_sources(args.data, args.client, args.data_seed, args.name)
     allowed = frozenset(args.application) or None
-    serve(ClientRuntime(args.name, source, allowed=allowed).handle, sys.stdin.buffer, outgoing)
+    runtime = ClientRuntime(args.name, source, allowed=allowed, version=data_versions(args.data))
+    serve(runtime.handle, sys.stdin.buffer, outgoing)
     return 0
 
 

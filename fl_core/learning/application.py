@@ -17,6 +17,7 @@ from fl_core.contracts import config as configuration
 from fl_core.contracts.errors import ConfigError, DataError, unknown_name
 from fl_core.contracts.installed import APPLICATION_ENTRY_POINTS, known_applications
 from fl_core.learning.examples import Examples, RawData
+from fl_core.learning.samples import SampleFormat
 
 Outputs = Mapping[str, npt.NDArray[np.generic]]
 
@@ -44,6 +45,7 @@ class Application:
       build_model(config) -> Module with forward(*inputs) -> Tensor or tuple of Tensors;
       loss(outputs, targets, config) -> (numerator, denominator), both scalar Tensors: sums over the examples, never means;
       augment(inputs, seeds, config) -> inputs, numpy (N, ...) arrays, ``seeds`` (N,) uint64 keyed by (seed, epoch, example).
+    samples: how a device collects this application's data one by one; None = only whole data sets.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Application:
     model: str
     loss: str
     augment: str = ""
+    samples: SampleFormat | None = None
 
     def build_model(self, config: Any) -> Any:
         return resolve(self.model)(config)
