@@ -82,8 +82,9 @@ class Field:
         return (self.work / "agent.log").read_text()
 
     @contextmanager
-    def running(self, *options: str, alive: bool = True) -> Iterator[subprocess.Popen[bytes]]:
-        command = [sys.executable, "-m", "fieldfleet", "agent", "run", str(self.agent), "--data", str(self.data)]
+    def running(self, *options: str, alive: bool = True, data: bool = True) -> Iterator[subprocess.Popen[bytes]]:
+        command = [sys.executable, "-m", "fieldfleet", "agent", "run", str(self.agent)]
+        command += ["--data", str(self.data)] if data else []
         with (self.work / "agent.log").open("ab") as log:
             process = subprocess.Popen([*command, *options], stdout=log, stderr=log, cwd=ROOT, env=ENVIRONMENT)
         try:

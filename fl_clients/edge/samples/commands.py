@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 def add_data_commands(inner: Subparsers) -> None:
     text = "this device's samples: status, add, label, quarantine, export-snapshot"
     group: Any = inner.add_parser("data", help=text, description=text)
+    group.add_argument("home", type=Path, metavar="HOME")
     actions = group.add_subparsers(dest="data_command", required=True, metavar="ACTION")
-    _at_home(command(actions, "status", run_status, help="how many there are, and how old", config=False))
-    add = _at_home(command(actions, "add", run_add, help="take files now, past the inbox", config=False))
+    _of_one(command(actions, "status", run_status, help="how many there are, and how old", config=False))
+    add = _of_one(command(actions, "add", run_add, help="take files now, past the inbox", config=False))
     add.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="in the application's format; its name is the id"
     )
     add.add_argument("--id", default="", help="of a single file")
     add.add_argument("--label", metavar="LABEL", help="of a single file; JSON, or a plain text")
-    label = _at_home(command(actions, "label", run_label, help="label a sample, now or before it comes", config=False))
+    label = _of_one(command(actions, "label", run_label, help="label a sample, now or before it comes", config=False))
     label.add_argument("id", metavar="ID")
     label.add_argument("label", metavar="LABEL", help="JSON, or a plain text")
-    aside = _at_home(command(actions, "quarantine", run_quarantine, help="what was damaged, and why", config=False))
+    aside = _of_one(command(actions, "quarantine", run_quarantine, help="what was damaged, and why", config=False))
     aside.add_argument("--limit", type=int, default=100)
-    out = _at_home(
+    out = _of_one(
         command(actions, "export-snapshot", run_export, help="the labelled samples as a data set", config=False)
     )
     out.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder, for --data of any command")
 
 
-def _at_home(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("home", type=Path, metavar="HOME")
+def _of_one(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--application", default="", metavar="APP", help="whose (needed where there are several)")
     return parser
 
