@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from fl_clients.training.client import ClientRuntime
@@ -15,8 +16,10 @@ from fl_core.algorithms import build_algorithm
 from fl_core.algorithms.base import Aggregator, Update, cast_like
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.config import to_table
+from fl_core.contracts.errors import InputError
 from fl_core.contracts.sections import AlgorithmConfig
-from fl_core.flower.messages import Request, array_record, read_arrays
+from fl_core.flower.messages import Reply, Request, array_record, read_arrays
+from fl_core.flower.strategy import AggregatorStrategy
 from fl_core.learning.local_update import local_update
 from fl_core.learning.torch_arrays import get_arrays
 from fl_server.engine import RoundEngine
@@ -114,8 +117,9 @@ def test_integers_are_rounded_and_shapes_kept() -> None:
     assert cast_like(np.array([0.4, 254.7]), np.zeros(2, np.uint8)).tolist() == [0, 255]
 
 
-def federation() -> tuple[Any, Any, dict[str, Any]]:
-    app, config = small_config("toy_regression", "model.hidden=6", "data.examples_per_client=20", "data.clients=5")
+def federation(*overrides: str) -> tuple[Any, Any, dict[str, Any]]:
+    size = ("model.hidden=6", "data.examples_per_client=20", "data.clients=5")
+    app, config = small_config("toy_regression", *size, *overrides)
     examples = app.generate(config, 1).examples(config)
 
     def own(client: str) -> Any:
@@ -155,3 +159,41 @@ def test_fedavg_equals_flowers_own_strategy(tmp_path: Path) -> None:
         assert record_.loss == pytest.approx(theirs.train_metrics_clientapp[number]["loss"], rel=1e-5)
         evaluated = theirs.evaluate_metrics_clientapp[number]
         assert record_.evaluation["r2"] == pytest.approx(evaluated["r2"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedyogi", "fedmedian"])
+def test_an_aggregator_as_a_flower_strategy_equals_the_round_engine(tmp_path: Path, name: str) -> None:
+    """Flower's own ``start`` drives it, two rounds, with a client that fails and one that sends no numbers."""
+    torch.set_num_threads(1)
+    app, config, clients = federation(f"algorithm.name={name}")
+    names = sorted(clients)
+
+    def fails(message: Message) -> Message:
+        return Message(Error(1, "out of memory"), reply_to=message)
+
+    def poisons(message: Message) -> Message:
+        found = Reply.from_record(clients[names[1]](message).content, origin="client")
+        arrays = {k: np.full_like(v, np.nan) for k, v in found.arrays.items()}
+        return Message(Reply(num_examples=5, metrics=found.metrics, arrays=arrays).to_record(), reply_to=message)
+
+    handlers = {**clients, names[0]: fails, names[1]: poisons}
+    initial = get_arrays(app.build_model(config))
+    request = Request(application=app.name, config=to_table(config), round=1, num_rounds=2, seed=0, arrays=initial)
+    told = request.to_record()["config"]
+    strategy = AggregatorStrategy(build_algorithm(config.algorithm).aggregator)
+    result = strategy.start(
+        grid=InProcessGrid(handlers), initial_arrays=array_record(initial), num_rounds=2,
+        train_config=told, evaluate_config=told,
+    )  # fmt: skip
+    engine = RoundEngine(
+        grid=InProcessGrid(handlers), application=app, config=config, start=None, initial=initial,
+        num_rounds=2, seed=0, out=tmp_path / "run", stage="simulation",
+    )  # fmt: skip
+    found = checkpoints.load(engine.run()).arrays
+    arrays = read_arrays(RecordDict({"arrays": result.arrays}), "arrays", "flwr")
+    for key, value in found.items():
+        np.testing.assert_array_equal(arrays[key], value, err_msg=key)
+    assert sorted(engine.history.records[0].refused) == names[:2]
+    assert result.train_metrics_clientapp[2]["loss"] == pytest.approx(engine.history.records[1].loss)
+    with pytest.raises(InputError, match="fraction"):
+        AggregatorStrategy(strategy.aggregator, fraction=0)
