@@ -15,6 +15,7 @@ from typing import Any
 
 from fl_core.contracts.errors import EnvironmentFault
 from fl_core.link import topics
+from fl_core.link.session import PACKET_LIMIT, Message, Outgoing
 from fl_core.link.topics import SERVICE_ACCOUNTS
 
 Lookup = Callable[[str], str | None]  # account name -> its password; None = no such account
@@ -66,6 +67,7 @@ class EmbeddedBroker:
         self._started = threading.Event()
         self._failure: BaseException | None = None
         self._admitting = admit_devices
+        self._tap: Callable[[Message], bool] | None = None
 
     def start(self) -> None:
         """Raises EnvironmentFault for a busy port or an unusable certificate, before anything else has begun."""
@@ -81,8 +83,27 @@ class EmbeddedBroker:
         if self._failure is not None:
             raise self._explained(self._failure)
 
+    def carry(self, tap: Callable[[Message], bool]) -> Carrier:
+        """Before start(): messages that ``tap`` takes go there, and the Carrier sends without a connection of its own."""
+        self._tap = tap
+        return Carrier(self)
+
     def admit(self) -> None:
         self._admitting = True
+
+    @property
+    def running(self) -> bool:
+        return self._started.is_set() and self._thread is not None and self._thread.is_alive()
+
+    def deliver(self, device: str, message: Outgoing, then: Callable[[bool], None] | None) -> bool:
+        """From any thread; False when the broker does not run."""
+        if not self.running or self._loop is None:
+            return False
+        try:
+            self._loop.call_soon_threadsafe(self._broker.deliver, device, message.topic, message.payload, then)
+        except RuntimeError:  # its loop has just closed
+            return False
+        return True
 
     def _login(self, username: str, password: str, client_id: str) -> bool:
         open_to = self._admitting or username in SERVICE_ACCOUNTS
@@ -135,6 +156,8 @@ class EmbeddedBroker:
             listener |= {"ssl": True, "certfile": str(self._certificate[0]), "keyfile": str(self._certificate[1])}
         guard = Guard(self._login, self._accounts.may)
         self._broker = GuardedBroker({"listeners": {LISTENER: listener}, "plugins": {}}, guard)
+        if (tap := self._tap) is not None:
+            self._broker.tap = lambda topic, payload, retained: tap(Message(topic, payload, retained))
         await self._broker.start()
         self.port = self._broker.bound_port(LISTENER)
 
@@ -145,6 +168,26 @@ class EmbeddedBroker:
                 return port_busy(self.host, self.port, "the MQTT broker")
             cause = cause.__cause__
         return EnvironmentFault(f"the MQTT broker on {self.host}:{self.port} did not start: {error}")
+
+
+class Carrier:
+    """For the tunnel: what MqttSession offers, straight into the broker of this process."""
+
+    largest_packet = PACKET_LIMIT
+
+    def __init__(self, broker: EmbeddedBroker) -> None:
+        self._owner = broker
+
+    @property
+    def connected(self) -> bool:
+        return self._owner.running
+
+    def publish(self, message: Outgoing, then: Callable[[bool], None] | None = None) -> object | None:
+        """To the device that the topic names, if it is connected; None when the broker does not run."""
+        found = topics.parse(message.topic)
+        if found is None or not self._owner.deliver(found.device, message, then):
+            return None
+        return self
 
 
 def check_port_free(host: str, port: int, what: str) -> None:

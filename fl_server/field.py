@@ -53,6 +53,9 @@ class FieldService:
                 certificate=(home.certificate, home.certificate_key) if settings.tls else None,
                 admit_devices=False,
             )
+            if tunnel is not None:  # no detour over a connection of our own
+                tunnel.attach(self.broker.carry(tunnel.tap))
+                tunnel = None
         self.bridge = Bridge(
             home.path, home.settings.fleet, service_address(home, SERVER_ACCOUNT), on_event=self._heard, tunnel=tunnel
         )

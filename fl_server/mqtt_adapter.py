@@ -23,6 +23,7 @@ from amqtt.mqtt.connack import NOT_AUTHORIZED, UNACCEPTABLE_PROTOCOL_VERSION, Co
 from amqtt.mqtt.packet import CONNECT, MQTTFixedHeader
 from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 from amqtt.mqtt.puback import PubackPacket
+from amqtt.mqtt.publish import PublishPacket
 from amqtt.session import Session
 
 LOG = logging.getLogger(__name__)
@@ -63,7 +64,26 @@ async def _connect_packet(reader: ReaderAdapter) -> tuple[bytes, bytes]:
     return header.to_bytes(), body
 
 
+Tap = Callable[[str, bytes, bool], bool]  # (topic, payload, retain) of an admitted message -> whether it is taken here
+
+
 class Handler(BrokerProtocolHandler):
+    """admits(topic): whether this client may publish there. tap: takes messages before they are routed."""
+
+    admits: Callable[[str], bool] | None = None
+    tap: Tap | None = None
+
+    async def handle_publish(self, publish_packet: PublishPacket) -> None:
+        """What the tap takes costs neither a queue nor a walk over all subscriptions."""
+        topic, data, header = publish_packet.topic_name, publish_packet.data, publish_packet.variable_header
+        if self.tap is None or self.admits is None or topic is None or data is None or publish_packet.qos > 1:
+            await super().handle_publish(publish_packet)
+        elif self.admits(topic) and self.tap(topic, bytes(data), bool(publish_packet.retain_flag)):
+            if publish_packet.qos and header is not None and header.packet_id is not None:
+                await self._send_packet(PubackPacket.build(header.packet_id))
+        else:
+            await super().handle_publish(publish_packet)
+
     def handle_read_timeout(self) -> None:
         """1.5 keep-alive intervals of silence: the connection is gone, and the will is due."""
         self._closing = asyncio.ensure_future(self.handle_connection_closed())
@@ -93,6 +113,25 @@ class GuardedBroker(Broker):
         super().__init__(config)
         self._guard = guard
         self._writers: set[asyncio.StreamWriter] = set()
+        self.tap: Tap | None = None
+        self._deliveries: set[asyncio.Task[None]] = set()
+
+    def deliver(self, client_id: str, topic: str, payload: bytes, then: Callable[[bool], None] | None) -> None:
+        """To this client alone, in the broker's loop. then(True) when it is acknowledged, or when nobody could be asked."""
+        task = asyncio.ensure_future(self._deliver(client_id, topic, payload, then))
+        self._deliveries.add(task)
+        task.add_done_callback(self._deliveries.discard)
+
+    async def _deliver(self, client_id: str, topic: str, payload: bytes, then: Callable[[bool], None] | None) -> None:
+        try:
+            session, handler = self._sessions.get(client_id, (None, None))
+            if session is not None and handler is not None and session.transitions.state == "connected":
+                await handler.mqtt_publish(topic, payload, 1, retain=False)
+        except Exception as error:  # it went in between: who sent will hear nothing, and send again
+            LOG.debug("broker: %s: %r", client_id, error)
+        finally:
+            if then is not None:
+                then(True)
 
     def bound_port(self, listener: str) -> int:
         instance: Any = self._servers[listener].instance
@@ -143,6 +182,8 @@ class GuardedBroker(Broker):
         if client_id in self._sessions:
             await self._take_over(client_id)
         session.clean_session, session.parent = True, 0
+        handler.tap, username = self.tap, session.username or ""
+        handler.admits = lambda topic: self._guard.may(username, "publish", topic)
         session.keep_alive = -(-session.keep_alive * 3 // 2)
         return handler, session
 

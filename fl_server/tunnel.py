@@ -13,7 +13,7 @@ import time
 import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cryptography.hazmat.primitives.serialization import Encoding
 from starlette.types import ASGIApp, Message, Scope
@@ -44,6 +44,20 @@ COUNT_S = 0.1
 HELLO_S = 0.2  # between two handshakes that one device begins
 
 
+class Carrier(Protocol):
+    """What brings packets to devices: the server's session with its broker, or the embedded broker itself."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    @property
+    def largest_packet(self) -> int: ...
+
+    def publish(self, message: mqtt.Outgoing, then: Callable[[bool], None] | None = None) -> object | None:
+        """then(taken) is called once, on any thread; None, and no call, when there is no connection."""
+        ...
+
+
 class TunnelServer:
     """tap() takes packets from any thread. start(loop) before, stop() after."""
 
@@ -52,7 +66,7 @@ class TunnelServer:
         self._certificate = ca.load_certificate(certificate).public_bytes(Encoding.DER)
         self._key = load_private_key(key)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._mqtt: mqtt.MqttSession | None = None
+        self._mqtt: Carrier | None = None
         self.sessions: dict[str, Session] = {}
         self._pending: dict[str, Pending] = {}
         self._hinted: dict[str, float] = {}
@@ -65,8 +79,8 @@ class TunnelServer:
         self._loop = loop
         loop.call_soon_threadsafe(self._begin)
 
-    def attach(self, session: mqtt.MqttSession) -> None:
-        self._mqtt = session
+    def attach(self, carrier: Carrier) -> None:
+        self._mqtt = carrier
 
     def stop(self, timeout: float = 5.0) -> None:
         """From another thread than the loop's: every request under way ends."""

@@ -121,7 +121,8 @@ class Connection:
                 self.early[mid] = refused
             else:
                 ack.done, ack.refused = True, refused
-                self.changed.notify_all()
+                if ack.then is None:  # else nobody waits under the condition, and waking threads is not free
+                    self.changed.notify_all()
         if ack is not None:
             ack.settle()
 

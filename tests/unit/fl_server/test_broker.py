@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 from amqtt.broker import Broker
+from amqtt.mqtt.protocol.broker_handler import BrokerProtocolHandler
 
 from fl_core.contracts.errors import EnvironmentFault
 from fl_core.identity import ca
 from fl_core.link import topics
 from fl_core.link.session import Outgoing
 from fl_server.broker import EmbeddedBroker
-from fl_server.mqtt_adapter import GuardedBroker
+from fl_server.mqtt_adapter import GuardedBroker, Handler
 from tests.helpers import eventually
 from tests.mqtt_helpers import PASSWORDS, address, device_topic, embedded, next_envelope, session, state_of, watcher
 
@@ -71,6 +72,9 @@ def test_the_private_names_that_the_adapter_overrides_are_where_they_were() -> N
         assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters) or name in (
             "_authenticate",  # amqtt calls the listener "_"
         )
+    for name in ("handle_publish", "handle_puback", "handle_read_timeout", "_send_packet", "mqtt_publish"):
+        ours, theirs = getattr(Handler, name), getattr(BrokerProtocolHandler, name)
+        assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
 
 
 @pytest.mark.parametrize(

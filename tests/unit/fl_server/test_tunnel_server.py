@@ -27,11 +27,12 @@ from fl_clients.training.fleet import FleetClient
 from fl_core.flower.messages import Reply
 from fl_core.identity import keys
 from fl_core.link import topics
+from fl_core.link.session import Message, Outgoing
 from fl_server.field import device_account
 from fl_server.superlink import SuperLink
 from tests.federation import new_key, request
 from tests.helpers import eventually
-from tests.mqtt_helpers import MOSQUITTO
+from tests.mqtt_helpers import MOSQUITTO, device_topic, embedded, session
 from tests.mqtt_proxy import honest, proxy_before
 from tests.tunnels import BrokerDevice, Station, broker_device
 from tests.unit.fl_server.test_link_grid import answer
@@ -312,3 +313,33 @@ def test_a_command_without_an_agent_brings_its_own_connection(plain: Station, tm
     with pytest.raises(Unregistered, match="replaced"):
         welcome(connection)
     connection.close()
+
+
+def test_the_embedded_brokers_short_cut_keeps_its_rules() -> None:
+    """What a device may not publish does not reach the tunnel; who is not there is no reason to wait."""
+    taken: list[Message] = []
+
+    def tap(message: Message) -> bool:
+        taken.append(message)
+        return topics.UP in message.topic
+
+    broker, settled = embedded(), threading.Event()
+    carrier = broker.carry(tap)
+    assert not carrier.connected
+    down = Outgoing(topic=device_topic("van-1", topics.DOWN), payload=b"down")
+    assert carrier.publish(down) is None
+    with broker, session("van-1", broker.port, [down.topic]) as device:
+        assert device.wait_connected(30), device.failure
+        assert device.deliver(Outgoing(topic=device_topic("van-2", topics.UP), payload=b"of another"), 30)
+        assert device.deliver(Outgoing(topic=device_topic("van-1", topics.UP), payload=b"own"), 30)
+        assert [m.payload for m in taken] == [b"own"]
+        assert carrier.publish(down, lambda ok: settled.set())
+        received = device.receive(30)
+        assert received is not None
+        assert received.payload == b"down"
+        assert settled.wait(30)
+        settled.clear()
+        absent = Outgoing(topic=device_topic("van-2", topics.DOWN), payload=b"down")
+        assert carrier.publish(absent, lambda ok: settled.set())
+        assert settled.wait(30)
+    assert not carrier.connected
