@@ -230,6 +230,8 @@ def server_home(path: Path) -> Iterator[Finding]:
         yield dial(
             "MQTT broker", settings.mqtt.host, settings.mqtt.port, "start the broker, or correct [mqtt] in server.toml"
         )
+    if settings.metrics.port:
+        yield from ports({"metrics": settings.metrics.port}, settings.metrics.host)
     for key in (path / "ca" / "ca.key", home.certificate_key):
         yield private_file(key)
 

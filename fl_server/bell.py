@@ -28,6 +28,9 @@ class Bell:
         self._doors[node] = (asyncio.get_running_loop(), event)
         return event
 
+    def waits(self, node: int) -> bool:
+        return node in self._doors
+
     def leave(self, node: int, event: asyncio.Event) -> bool:
         """True when this was the node's current poll."""
         if node in self._doors and self._doors[node][1] is event:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.cli import Subparsers, command, emit
 from fl_core.contracts.errors import InputError
 from fl_core.contracts.names import DEFAULT_MQTT_PORT, DEFAULT_SERVER_PORT
-from fl_core.contracts.progress import Progress
 from fl_server.field_commands import add_field_commands
 from fl_server.fleet_commands import add_fleet_commands, add_register
+from fl_server.run_commands import add_run_commands, add_server_runs
 from fl_server.telemetry_commands import add_telemetry_command
 
 if TYPE_CHECKING:
-    from fl_server.history import RoundRecord
     from fl_server.home import MqttSettings, ServerHome
-    from fl_server.run import RunOptions, RunResult
-
-DEFAULT_WAIT_S = 300.0
 
 
 def add_commands(subparsers: Subparsers) -> None:
@@ -33,10 +26,11 @@ def add_commands(subparsers: Subparsers) -> None:
     _add_init(actions)
     add_register(actions)
     _add_account(actions)
-    _add_run(actions)
+    add_server_runs(actions)
     add_field_commands(actions)
     fleet = add_fleet_commands(subparsers)
     add_telemetry_command(fleet)
+    add_run_commands(subparsers)
 
 
 def _add_init(actions: Subparsers) -> None:
@@ -47,6 +41,9 @@ def _add_init(actions: Subparsers) -> None:
     init.add_argument("--name", action="append", default=[], help="DNS name or address that devices use; repeatable")
     init.add_argument("--fleet", default="fieldfleet", help="name of the fleet (default: fieldfleet)")
     init.add_argument("--mqtt", default="embedded", help="embedded (default), off, or HOST:PORT of your own broker")
+    init.add_argument(
+        "--metrics-port", type=int, default=0, help="serve /metrics, /healthz, /readyz on loopback (default: 0 = off)"
+    )
     init.add_argument("--mqtt-port", type=int, default=DEFAULT_MQTT_PORT, help="port of the embedded broker")
     renew = command(actions, "renew", run_renew, help="issue a new server certificate from the home's CA", config=False)
     _home_option(renew)
@@ -61,39 +58,20 @@ def _add_account(actions: Subparsers) -> None:
     _home_option(account)
 
 
-def _add_run(actions: Subparsers) -> None:
-    run = command(actions, "run", run_run, help="federate an application over the registered devices")
-    run.add_argument("application", metavar="APP")
-    _home_option(run)
-    run.add_argument(
-        "--from", dest="start", type=Path, metavar="CKPT", help="start from this checkpoint (default: a fresh model)"
-    )
-    run.add_argument("--rounds", type=int, required=True, metavar="N")
-    run.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="run folder; an interrupted run is taken up"
-    )
-    run.add_argument("--stay", action="store_true", help="go on serving devices after the last round")
-    run.add_argument(
-        "--min-devices", type=int, metavar="N", help="wait for N devices first (default: algorithm.min_clients)"
-    )
-    run.add_argument(
-        "--wait", type=float, default=DEFAULT_WAIT_S, metavar="S", help="wait for them at most S seconds (default: 300)"
-    )
-
-
 def _home_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--home", required=True, type=Path, help="the server's home")
 
 
 def run_init(args: argparse.Namespace) -> int:
     from fl_core.contracts import config as configuration
-    from fl_server.home import ListenSettings, ServerSettings, create_home
+    from fl_server.home import ListenSettings, MetricsSettings, ServerSettings, create_home
 
     listen = {"host": args.host, "port": args.port, "names": args.name}
     settings = ServerSettings(
         fleet=args.fleet,
         listen=configuration.parse(ListenSettings, listen, origin="server init"),
         mqtt=_mqtt_settings(args.mqtt, args.mqtt_port),
+        metrics=configuration.parse(MetricsSettings, {"port": args.metrics_port}, origin="server init --metrics-port"),
     )
     home = create_home(args.home, settings)
     _write_broker_files(home)
@@ -148,79 +126,6 @@ def run_account(args: argparse.Namespace) -> int:
         args, {"file": str(args.out), "name": args.name}, f"{args.out}: the account of {args.name}; hand it over safely"
     )
     return 0
-
-
-def run_run(args: argparse.Namespace) -> int:
-    from fl_server.history import check_applied
-    from fl_server.run import serve
-
-    options = _run_options(args)
-    app = options.application
-    with Progress(f"federate {app.name}", options.num_rounds) as bar:
-        bar.update(0, "waiting for devices")
-        result = serve(
-            options,
-            on_listening=lambda superlink: print(f"listening on {superlink.url}", file=sys.stderr, flush=True),
-            on_round=lambda record: bar.update(record.round, _status(record, app.primary_metric)),
-            on_result=lambda result: _print_result(args, options, result),
-        )
-    check_applied(result.history)
-    return 0
-
-
-def _status(record: RoundRecord, metric: str) -> str:
-    parts = [f"{len(record.clients)} devices"]
-    if record.loss is not None:
-        parts.append(f"loss {record.loss:.4f}")
-    if metric in (found := record.held_out or record.evaluation):
-        parts.append(f"{metric} {found[metric]:.3f}")
-    missing = [*record.late, *record.refused]
-    return " ".join([*parts, *([f"without {', '.join(missing[:3])}"] if missing else [])])
-
-
-def _run_options(args: argparse.Namespace) -> RunOptions:
-    """Everything that the user may have got wrong is found here, before anything starts."""
-    from fl_server.federation import read_federation
-    from fl_server.home import ServerHome
-    from fl_server.run import RunOptions
-
-    found = read_federation(args)
-    minimum = found.config.algorithm.min_clients if args.min_devices is None else args.min_devices
-    if minimum < 0 or args.wait < 0:
-        raise InputError("--min-devices and --wait must not be negative")
-    return RunOptions(
-        home=ServerHome(args.home),
-        application=found.application,
-        config=found.config,
-        start=found.start,
-        num_rounds=args.rounds,
-        seed=args.seed,
-        out=args.out,
-        min_devices=minimum,
-        wait_seconds=args.wait,
-        stay=args.stay,
-    )
-
-
-def _print_result(args: argparse.Namespace, options: RunOptions, result: RunResult) -> None:
-    manifest = checkpoints.load(result.final).manifest
-    document = {
-        "application": options.application.name,
-        "checkpoint": str(result.final),
-        "model_sha256": manifest.model_sha256,
-        "rounds": len(result.history),
-        "devices": list(result.devices),
-        "clients_seen": manifest.clients_seen,
-        "metrics": manifest.metrics,
-        "history": [dataclasses.asdict(record) for record in result.history],
-    }
-    shown = ", ".join(f"{k} {v:.4f}" for k, v in manifest.metrics.items())
-    emit(
-        args,
-        document,
-        f"{result.final}: {len(result.history)} rounds over {len(manifest.clients_seen)} devices: {shown or 'not evaluated'}",
-    )
-    sys.stdout.flush()  # with --stay this process goes on
 
 
 def _write_broker_files(home: ServerHome) -> None:

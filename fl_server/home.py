@@ -52,10 +52,19 @@ class MqttSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricsSettings:
+    """/metrics (Prometheus), /healthz and /readyz, without authentication: keep them on loopback, or behind a proxy."""
+
+    host: str = text("127.0.0.1")
+    port: int = number(0, low=0, high=65535, help="0 = off")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     fleet: str = text("fieldfleet")
     listen: ListenSettings = field(default_factory=ListenSettings)
     mqtt: MqttSettings = field(default_factory=MqttSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
 
 
 class ServerHome:

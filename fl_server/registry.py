@@ -20,6 +20,7 @@ from fl_core.contracts.errors import InputError, RefusedError, unknown_name
 from fl_core.contracts.names import checked_name
 from fl_core.identity.keys import fingerprint
 from fl_core.storage.database import connect
+from fl_server.run_table import RunTable
 from fl_server.tokens import TokenTable
 
 _SCHEMA = """
@@ -107,6 +108,7 @@ class Registry:
             path.chmod(0o600)
         self._migrate()
         self.tokens = TokenTable(self._database, self._lock)
+        self.runs = RunTable(self._database, self._lock)
 
     def _migrate(self) -> None:
         with self._change():

@@ -28,11 +28,12 @@ from fl_server.link_grid import LinkGrid
 from fl_server.registry import Device
 from fl_server.repository_files import RepositoryFiles
 from fl_server.repository_watch import RepositoryWatch
+from fl_server.traffic import Traffic
 from fl_server.tunnel import TunnelServer
 
 KEEP_ALIVE_SECONDS = 300  # else each slow poll pays a TLS handshake
 DEFAULT_RUN = "run"
-START_SECONDS, STOP_SECONDS = 30.0, 2
+START_SECONDS, DRAIN_SECONDS, CLOSE_SECONDS = 30.0, 15.0, 1
 
 
 class _Server(uvicorn.Server):
@@ -45,6 +46,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """What devices are just sending is still taken; idle connections, which TLS is slow to close, are not waited for."""
+        if self.server_state.tasks:
+            await asyncio.wait(set(self.server_state.tasks), timeout=DRAIN_SECONDS)
         await super().shutdown(sockets)
         for connection in list(self.server_state.connections):
             transport = getattr(connection, "transport", None)
@@ -91,17 +95,18 @@ class SuperLink:
             self.devices.note_posted,
         )
         self.fleet_watch = FleetWatch(self.registry, self.directory, self.store, self.bell)
+        self.traffic = Traffic(self._endpoint)
         self.tunnel = TunnelServer(
-            self._endpoint, fleet=home.settings.fleet, certificate=home.certificate, key=home.certificate_key
+            self.traffic, fleet=home.settings.fleet, certificate=home.certificate, key=home.certificate_key
         )
         self._server = _Server(
             uvicorn.Config(
-                self._endpoint,
+                self.traffic,
                 log_level="warning",
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=STOP_SECONDS,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
                 ssl_certfile=str(home.certificate),
                 ssl_keyfile=str(home.certificate_key),
             )
@@ -113,6 +118,10 @@ class SuperLink:
         """As seen from this machine; devices use one of the public names."""
         host = self.home.settings.listen.host
         return f"https://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{self.port}"  # noqa: S104 compared
+
+    @property
+    def serving(self) -> bool:
+        return self._server.started and self._thread is not None and self._thread.is_alive()
 
     def start(self) -> None:
         def serve() -> None:
@@ -140,7 +149,7 @@ class SuperLink:
         self.tunnel.stop()
         self._server.should_exit = True
         if self._thread is not None:
-            self._thread.join(STOP_SECONDS + 5)
+            self._thread.join(DRAIN_SECONDS + 5)
         self._socket.close()
         self._endpoint.close()
         self.registry.close()
@@ -149,6 +158,13 @@ class SuperLink:
     def grid(self, run_name: str = DEFAULT_RUN) -> LinkGrid:
         """The run of this name, as an earlier grid left it (in another process too), or a new one."""
         return LinkGrid(self.store, self.bell, self.directory, run_name)
+
+    def gone(self, name: str) -> None:
+        """The broker has lost this device: unless it waits here by itself, it is not asked before it is heard from."""
+        device = self.registry.by_name(name)
+        if device is not None and not self.bell.waits(node := self.directory.node(device)):
+            self.store.deactivate(node)
+            self.bell.ring_engine()
 
     def _came_in(self, device: Device) -> None:
         """A device enrolled or rotated its key: an external broker needs to know, and a former key is shut out."""
@@ -175,7 +191,7 @@ class SuperLink:
         }
 
 
-def bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, *, setting: str = "[listen]") -> socket.socket:
     """A listening socket, or EnvironmentFault naming the port and what to do."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -188,5 +204,6 @@ def bind(host: str, port: int) -> socket.socket:
         }.get(error.errno or 0, f"cannot be opened: {error}")
         raise EnvironmentFault(
             f"port {port} on {host} {reason}",
-            remedy="stop that program, or change [listen] in server.toml (devices need the new address too)",
+            remedy=f"stop that program, or change {setting} in server.toml"
+            + (" (devices need the new address too)" if setting == "[listen]" else ""),
         ) from None

@@ -6,8 +6,10 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fl_core.contracts.errors import InputError
@@ -15,6 +17,7 @@ from fl_core.contracts.errors import InputError
 Subparsers = Any  # argparse's _SubParsersAction is private
 Run = Callable[[argparse.Namespace], int | None]
 LOG = "history.jsonl"
+LOG_FACTS: ContextVar[Mapping[str, Any]] = ContextVar("LOG_FACTS", default=MappingProxyType({}))  # of what runs here
 
 
 def common_options(parser: argparse.ArgumentParser, *, config: bool = True) -> None:
@@ -73,6 +76,7 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
+        entry.update(LOG_FACTS.get())
         entry.update(getattr(record, "facts", {}))
         if record.exc_info:
             entry["error"] = self.formatException(record.exc_info)

@@ -127,6 +127,11 @@ class LinkStore:
         with self.together():
             self._state.deactivate_node(node)
 
+    def waiting(self) -> int:
+        """How many instructions no device has fetched yet."""
+        with self.together():
+            return int(self._state.query("SELECT COUNT(*) AS n FROM message_ins WHERE delivered_at=''", {})[0]["n"])
+
     def undelivered(self, node: int, *, lost: bool = False) -> bool:
         """Whether a message waits for this node. ``lost``: what it accepted and did not answer waits again."""
         values = {"n": self._m.utils.uint64_to_int64(node)}
