@@ -22,11 +22,7 @@ class Download:
     """The next message for a device: its envelope (a PullMessagesResponse) and the ids of its objects."""
 
     def __init__(self, store: LinkStore, caller: Caller) -> None:
-        request = wire.fleet.PullMessagesRequest(node=wire.Node(node_id=caller.node))
-        answer = store.fleet("pull-messages", request.SerializeToString(), caller.node, caller.device.public_key_pem)
-        self.envelope = answer.body
-        found = wire.fleet.PullMessagesResponse.FromString(answer.body)
-        self.ids = wire.tree_ids(found.message_object_trees[0], origin="message") if found.messages_list else []
+        self.envelope, self.ids = store.take(caller.node)
 
     async def parts(self, first: list[bytes], read: ReadBatch) -> AsyncIterator[bytes]:
         """The body: records, read in batches. An object that has gone meanwhile is an empty record, and the last one."""

@@ -296,6 +296,11 @@ class Registry:
         with self._lock:
             return int(self._database.execute("PRAGMA data_version").fetchone()[0])
 
+    def stamp(self) -> tuple[int, int]:
+        """Another value after each change, whoever made it."""
+        with self._lock:
+            return int(self._database.execute("PRAGMA data_version").fetchone()[0]), self._database.total_changes
+
     def close(self) -> None:
         with self._lock:
             self._database.close()

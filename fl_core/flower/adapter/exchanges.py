@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fl_core.flower.adapter.sql import Sql
+
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS fieldfleet_runs (name TEXT PRIMARY KEY, run_id INTEGER NOT NULL)",
     "CREATE TABLE IF NOT EXISTS fieldfleet_exchanges (run_id INTEGER NOT NULL, name TEXT NOT NULL, round INTEGER NOT NULL, "
@@ -37,8 +39,8 @@ class Exchange:
 class Exchanges:
     """Every method belongs inside a transaction of the state. ``signed``: flwr's map of run ids to SQLite integers."""
 
-    def __init__(self, state: Any, signed: Callable[[int], int]) -> None:
-        self._query, self._signed = state.query, signed
+    def __init__(self, sql: Sql, signed: Callable[[int], int]) -> None:
+        self._query, self._signed = sql, signed
         for statement in _TABLES:
             self._query(statement)
 

@@ -21,8 +21,10 @@ from flwr.supercore.run import Run
 from fl_core.contracts.errors import IntegrityError
 from fl_core.flower import wire
 from fl_core.flower.adapter.exchanges import Exchange, Exchanges, without
+from fl_core.flower.adapter.mailbox import Mailbox
 from fl_core.flower.adapter.messages import assume_identity, children, inflate, set_message_id, stamp
 from fl_core.flower.adapter.objects import Objects
+from fl_core.flower.adapter.sql import Sql
 from fl_core.flower.wire import FleetRefused
 
 HEARTBEAT_SECONDS = 30.0
@@ -94,9 +96,11 @@ class LinkStore:
         self._store = self._state.object_store
         self._lock = threading.RLock()
         signed = self._m.utils.uint64_to_int64
-        self._objects = Objects(self._state, signed)
+        self._sql = Sql(self._state)
+        self._objects = Objects(self._sql, signed)
         with self.together():
-            self._exchanges = Exchanges(self._state, signed)
+            self._exchanges, self._mailbox = Exchanges(self._sql, signed), Mailbox(self._sql)
+        self._ready: dict[int, dict[str, str]] = {}  # by run, of what ``ready`` was asked for
         self._calls = self._fleet_calls()
 
     # Devices
@@ -113,15 +117,22 @@ class LinkStore:
                 )
             )
 
+    def enrol_all(self, public_pems: Iterable[bytes]) -> dict[bytes, int]:
+        """``enrol`` of many keys as one transaction."""
+        with self.together():
+            known = self._mailbox.nodes()
+            return {pem: known.get(pem) or self.enrol(pem) for pem in public_pems}
+
     def online(self) -> list[int]:
         with self.together():
-            found = self._state.get_node_info(statuses=[self._m.core_constant.NodeStatus.ONLINE])
-            return sorted(int(node.node_id) for node in found)
+            if self._mailbox.expired():
+                self._state.get_node_info(node_ids=[0])  # flwr marks them as offline
+            return self._mailbox.online()
 
     def sign_of_life(self, node: int, seconds: float) -> None:
         """Flower counts a node as online for twice its interval."""
         with self.together():
-            self._state.acknowledge_node_heartbeat(node, max(seconds, HEARTBEAT_SECONDS))
+            self._mailbox.sign_of_life(node, max(seconds, HEARTBEAT_SECONDS))
 
     def deactivate(self, node: int) -> None:
         with self.together():
@@ -134,16 +145,13 @@ class LinkStore:
 
     def undelivered(self, node: int, *, lost: bool = False) -> bool:
         """Whether a message waits for this node. ``lost``: what it accepted and did not answer waits again."""
-        values = {"n": self._m.utils.uint64_to_int64(node)}
         with self.together():
-            if lost:
-                self._state.query(
-                    "UPDATE message_ins SET delivered_at='' WHERE dst_node_id=:n AND delivered_at<>'' "
-                    "AND message_id NOT IN (SELECT reply_to_message_id FROM message_res)",
-                    values,
-                )
-            query = "SELECT 1 FROM message_ins WHERE dst_node_id=:n AND delivered_at='' LIMIT 1"
-            return bool(self._state.query(query, values))
+            return self._mailbox.waits(node, lost=lost)
+
+    def take(self, node: int) -> tuple[bytes, list[str]]:
+        """(PullMessagesResponse, ids of its objects, children first) of the next message; no ids when there is none."""
+        with self.together():
+            return self._mailbox.take(node)
 
     # Runs
 
@@ -196,6 +204,7 @@ class LinkStore:
             self._state.finish_task(run.primary_task_id, sub_status.COMPLETED if completed else sub_status.STOPPED, "")
             self._state.cleanup_run(run.run_id)
             self._exchanges.forget_run(run.run_id)
+            self._ready.pop(run.run_id, None)
 
     # Messages
 
@@ -206,16 +215,18 @@ class LinkStore:
         """
         ids: list[str | None] = []
         with self.together(), no_object_id_recompute():
-            for message in messages:
+            sent = list(messages)
+            for message in sent:
                 stamp(message, run_id=run.run_id, task_id=run.primary_task_id, node_id=SUPERLINK_NODE_ID)
                 set_message_id(message, message.object_id)
-                if self._state.store_message_ins(remove_content_from_message(message)) is None:
-                    ids.append(None)
-                    continue
-                objects = get_all_nested_objects(message)
-                missing = objects.keys() - self._objects.known(objects)
-                self._objects.add(run.run_id, ((i, objects[i].deflate()) for i in objects if i in missing), "message")
-                ids.append(message.object_id)
+            taken = self._mailbox.instruct(run.run_id, [remove_content_from_message(m) for m in sent])
+            for message, good in zip(sent, taken, strict=True):
+                if good:
+                    objects = get_all_nested_objects(message)
+                    missing = objects.keys() - self._objects.known(objects)
+                    contents = ((i, objects[i].deflate()) for i in objects if i in missing)
+                    self._objects.add(run.run_id, contents, "message")
+                ids.append(message.object_id if good else None)
             if exchange is not None:
                 asked = {name: i or "" for name, i in zip(exchange.asked, ids, strict=True)}
                 self._exchanges.put(run.run_id, replace(exchange, asked=asked))
@@ -258,47 +269,51 @@ class LinkStore:
         found = self._parsed("push-messages", request, node, public_pem)
         reply = message_from_proto(found.messages_list[0])
         run_id, message_id = reply.metadata.run_id, reply.metadata.message_id
-        with self.together():
-            status = self._state.get_run_status({run_id}).get(run_id)
-            if status is None or status.status != self._m.constant.Status.RUNNING:
-                raise FleetRefused(403, "the run is over")
-            try:
-                if self._state.store_message_res(reply) is None:
+        with self._lock:
+            with self.together():
+                if not self._mailbox.running(run_id):
+                    raise FleetRefused(403, "the run is over")
+                if not self._mailbox.answer(reply):
                     return
-            except ValueError as error:
-                raise FleetRefused(400, f"reply refused: {error}") from None
-            query = "DELETE FROM object_push_sessions WHERE session_id IN (SELECT session_id FROM "
-            query += "object_push_session_roots WHERE root_object_id=:m)"  # an upload of it in Flower's calls, cut off
-            self._state.query(query, {"m": message_id})
-            try:
-                self._objects.add(run_id, contents, "reply")
-            except IntegrityError as error:
-                raise FleetRefused(400, error.message) from None
-            self._objects.sweep([reply.metadata.reply_to_message_id])
+                self._objects.end_upload(message_id)  # of it in Flower's calls, cut off
+                try:
+                    self._objects.add(run_id, contents, "reply")
+                except IntegrityError as error:
+                    raise FleetRefused(400, error.message) from None
+                self._objects.sweep([reply.metadata.reply_to_message_id])
+            if run_id in self._ready:
+                self._ready[run_id].setdefault(reply.metadata.reply_to_message_id, message_id)
 
     def ready(self, run: Run) -> dict[str, str]:
-        """instruction id -> reply id, of replies whose objects are all there, in the order of their arrival."""
+        """instruction id -> reply id, of replies whose objects are all there, in the order of their arrival.
+
+        Asked for once a reply: listed from the store only after something else than ``accept`` changed it, so that a
+        round does not cost the square of its devices.
+        """
         query = (
             "SELECT reply_to_message_id AS i, message_id AS m FROM message_res WHERE run_id=:r AND message_id NOT IN "
             "(SELECT root_object_id FROM object_push_session_roots JOIN object_push_sessions USING (session_id) "
             "WHERE pending_count>0) ORDER BY rowid"
         )
-        with self.together():
-            rows = self._state.query(query, {"r": self._m.utils.uint64_to_int64(run.run_id)})
-        return {row["i"]: row["m"] for row in rows}
+        with self._lock:
+            if run.run_id not in self._ready:
+                with self.together():
+                    rows = self._sql(query, {"r": self._m.utils.uint64_to_int64(run.run_id)})
+                self._ready[run.run_id] = {row["i"]: row["m"] for row in rows}
+            return dict(self._ready[run.run_id])
 
     def upload_done(self, session_id: str) -> bool:
         """Whether nothing is awaited any more in a push session (flwr removes it with its last object)."""
         query = "SELECT 1 FROM object_push_sessions WHERE session_id=:s AND pending_count>0"
         with self.together():
-            return not self._state.query(query, {"s": session_id})
+            return not self._sql(query, {"s": session_id})
 
     def read_objects(self, object_ids: Iterable[str], at_most: int) -> list[bytes]:
         """Contents of the first of these objects, until ``at_most`` bytes are reached; b"" for one that is gone."""
         found, size = list[bytes](), 0
         with self.together():
             for object_id in object_ids:
-                found.append(self._store.get(object_id) or b"")
+                found.append(self._objects.read(object_id))
                 size += len(found[-1])
                 if size >= at_most:
                     break
@@ -310,11 +325,10 @@ class LinkStore:
         wanted = [message_id]
         with self.together():
             while wanted:
+                contents.update(self._objects.read_all(wanted))
                 for object_id in wanted:
-                    content = self._store.get(object_id)
-                    if not content:
+                    if object_id not in contents:
                         raise IntegrityError(f"{origin}: object {object_id[:16]} of the message is missing")
-                    contents[object_id] = content
                 if len(contents) > wire.MAX_OBJECTS:
                     raise IntegrityError(f"{origin}: more than {wire.MAX_OBJECTS} objects in one message")
                 wanted = children(contents, wanted, origin)
@@ -323,15 +337,18 @@ class LinkStore:
     def forget(self, message_ids: Iterable[str], ready: Mapping[str, str]) -> None:
         """Drop instructions, their replies and the objects of both."""
         ids = set(message_ids)
+        if not ids:
+            return
         with self.together():
             self._objects.sweep([*ids, *(ready[i] for i in ids if i in ready)])
             self._state.delete_messages(ids)
+            self._ready.clear()
 
     def pending(self, run: Run, group: str) -> dict[str, int]:
         """instruction id -> node id of what one group (a round) still holds in the store."""
         query = "SELECT message_id AS m, dst_node_id AS n FROM message_ins WHERE run_id=:r AND group_id=:g"
         with self.together():
-            rows = self._state.query(query, {"r": self._m.utils.uint64_to_int64(run.run_id), "g": group})
+            rows = self._sql(query, {"r": self._m.utils.uint64_to_int64(run.run_id), "g": group})
         return {row["m"]: int(self._m.utils.int64_to_uint64(row["n"])) for row in rows}
 
     # Flower's Fleet API
@@ -358,7 +375,11 @@ class LinkStore:
         except self._m.sqlalchemy_errors.OperationalError:
             raise FleetRefused(503, "the server's store is busy") from None
         session = getattr(response if name == "push-messages" else request, "session_id", "")
-        return FleetAnswer(response.SerializeToString(), bool(session) and self.upload_done(session))
+        complete = bool(session) and self.upload_done(session)
+        if complete or name == "push-messages":
+            with self._lock:
+                self._ready.clear()
+        return FleetAnswer(response.SerializeToString(), complete)
 
     def _parsed(self, name: str, body: bytes, node: int, public_pem: bytes) -> Any:
         if name not in self._calls:

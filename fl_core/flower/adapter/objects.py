@@ -8,6 +8,7 @@ from typing import Any
 
 from fl_core.contracts.errors import IntegrityError
 from fl_core.flower.adapter.messages import children_of
+from fl_core.flower.adapter.sql import Sql
 
 # ObjectStore's bookkeeping, as its own code does it row by row. A new edge counts once, whoever stored its parent.
 _ADD_OBJECT = (
@@ -25,19 +26,31 @@ _BATCH_BYTES = 1 << 20
 class Objects:
     """Every method belongs inside a transaction of the state. ``signed``: flwr's map of run ids to SQLite integers."""
 
-    def __init__(self, state: Any, signed: Any) -> None:
-        self._state, self._signed = state, signed
+    def __init__(self, sql: Sql, signed: Any) -> None:
+        self._sql, self._signed = sql, signed
 
     def known(self, object_ids: Iterable[str]) -> set[str]:
         """Which of these objects are stored whole."""
         query = (
             "SELECT object_id FROM objects WHERE is_available=1 AND object_id IN (SELECT value FROM json_each(:ids))"
         )
-        return {row["object_id"] for row in self._state.query(query, {"ids": json.dumps(list(object_ids))})}
+        return {row["object_id"] for row in self._sql(query, {"ids": json.dumps(list(object_ids))})}
+
+    def read(self, object_id: str) -> bytes:
+        """Its content; b"" for one that is gone or not there yet."""
+        rows = self._sql("SELECT content FROM objects WHERE object_id=:i", {"i": object_id})
+        return rows[0]["content"] or b"" if rows else b""
+
+    def read_all(self, object_ids: Iterable[str]) -> dict[str, bytes]:
+        """Contents of those that are there."""
+        query = (
+            "SELECT object_id AS i, content AS c FROM objects WHERE object_id IN (SELECT value FROM json_each(:ids))"
+        )
+        return {row["i"]: row["c"] for row in self._sql(query, {"ids": json.dumps(list(object_ids))}) if row["c"]}
 
     def add(self, run_id: int, contents: Iterable[tuple[str, bytes]], origin: str) -> None:
         """What ObjectStore.preregister and put do for one object at a time (some eight statements), for all at once."""
-        run, query = self._signed(run_id), self._state.query
+        run, query = self._signed(run_id), self._sql
         rows: list[dict[str, Any]] = []
         edges: list[dict[str, Any]] = []
 
@@ -62,9 +75,15 @@ class Objects:
             query(_COUNT_EDGE, edges)
             query("INSERT OR IGNORE INTO object_children (parent_id, child_id) VALUES (:parent, :child)", edges)
 
+    def end_upload(self, root: str) -> None:
+        """Forget an unfinished upload of this message in Flower's own calls."""
+        query = "DELETE FROM object_push_sessions WHERE session_id IN "
+        query += "(SELECT session_id FROM object_push_session_roots WHERE root_object_id=:m)"
+        self._sql(query, {"m": root})
+
     def sweep(self, roots: Iterable[str]) -> None:
         """What ObjectStore.delete does for one object at a time: drop roots that nothing refers to, and what then falls."""
-        query, level = self._state.query, list(roots)
+        query, level = self._sql, list(roots)
         while level:
             free = query(_FREE, {"ids": json.dumps(level)})
             ids = {"ids": json.dumps([row["object_id"] for row in free])}

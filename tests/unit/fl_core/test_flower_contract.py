@@ -21,6 +21,9 @@ FUNCTIONS = {
     "flwr.supercore.inflatable.inflatable_object:get_object_children_ids_from_object_content": ["object_content"],
     "flwr.supercore.inflatable.inflatable_object:no_object_id_recompute": [],
     "flwr.supercore.inflatable.inflatable_utils:inflate_object_from_contents": ["object_id", "object_contents"],
+    "flwr.server.superlink.linkstate.utils:message_to_dict": ["message"],
+    "flwr.server.superlink.linkstate.utils:dict_to_message": ["message_dict"],
+    "flwr.server.utils.validator:validate_message": ["message", "is_reply_message"],
     "flwr.supercore.utils:uint64_to_int64": ["unsigned"],
     "flwr.supercore.utils:int64_to_uint64": ["signed"],
     "flwr.superlink.config_loader:get_federation_manager": [],
@@ -42,7 +45,6 @@ METHODS = {
     "get_node_id_by_public_key": ["public_key"],
     "create_node": ["owner_aid", "owner_name", "public_key", "heartbeat_interval"],
     "get_node_info": [],
-    "acknowledge_node_heartbeat": ["node_id", "heartbeat_interval"],
     "deactivate_node": ["node_id"],
     "get_run_info": [],
     "create_run": [
@@ -54,9 +56,6 @@ METHODS = {
     "claim_task": ["task_id"],
     "activate_task": ["task_id"],
     "finish_task": ["task_id", "sub_status", "details"],
-    "store_message_ins": ["message"],
-    "store_message_res": ["message"],
-    "get_run_status": ["run_ids"],
     "delete_messages": ["message_ins_ids"],
 }
 CONSTANTS = {
@@ -68,10 +67,20 @@ CONSTANTS = {
 }
 COLUMNS = {
     "flwr.supercore.state.schema.linkstate_models:MessageIns": [
-        *("message_id", "group_id", "run_id", "dst_node_id", "delivered_at")
+        *("message_id", "group_id", "run_id", "src_node_id", "dst_node_id", "reply_to_message_id", "created_at"),
+        *("delivered_at", "ttl", "message_type", "content", "error"),
     ],
-    "flwr.supercore.state.schema.linkstate_models:MessageRes": ["message_id", "run_id", "reply_to_message_id"],
-    "flwr.supercore.state.schema.corestate_models:Task": ["task_id", "token", "active_until"],
+    "flwr.supercore.state.schema.linkstate_models:MessageRes": [
+        *("message_id", "group_id", "run_id", "src_node_id", "dst_node_id", "reply_to_message_id", "created_at"),
+        *("delivered_at", "ttl", "message_type", "content", "error"),
+    ],
+    "flwr.supercore.state.schema.linkstate_models:Node": [
+        *("node_id", "status", "online_until", "heartbeat_interval", "last_activated_at", "public_key")
+    ],
+    "flwr.supercore.state.schema.linkstate_models:Run": ["run_id", "primary_task_id", "bytes_sent"],
+    "flwr.supercore.state.schema.corestate_models:Task": [
+        *("task_id", "token", "active_until", "running_at", "finished_at")
+    ],
     "flwr.supercore.state.schema.corestate_models:ObjectPushSession": ["session_id", "pending_count"],
     "flwr.supercore.state.schema.corestate_models:ObjectPushSessionRoot": ["session_id", "root_object_id"],
     "flwr.supercore.state.schema.objectstore_models:StoredObject": [
@@ -86,6 +95,8 @@ TABLES = {
     "RunObject": "run_objects",
     "MessageIns": "message_ins",
     "MessageRes": "message_res",
+    "Node": "node",
+    "Run": "run",
     "Task": "task",
     "ObjectPushSession": "object_push_sessions",
     "ObjectPushSessionRoot": "object_push_session_roots",
@@ -144,7 +155,8 @@ def test_statuses_and_pragmas() -> None:
     constant, core = importlib.import_module("flwr.common.constant"), importlib.import_module("flwr.supercore.constant")
     assert {constant.Status.PENDING, constant.Status.STARTING, constant.Status.RUNNING}
     assert {constant.SubStatus.COMPLETED, constant.SubStatus.STOPPED}
-    assert core.NodeStatus.ONLINE
+    assert {core.NodeStatus.ONLINE, core.NodeStatus.OFFLINE, core.NodeStatus.UNREGISTERED}
+    assert (constant.HEARTBEAT_PATIENCE, constant.MESSAGE_TTL_TOLERANCE) == (2, 0.1)
     assert core.TaskType.SERVER_APP
     assert {"busy_timeout", "cache_size", "mmap_size"} <= {key for key, _ in core.SQLITE_PRAGMAS}
     assert constant.HEARTBEAT_MAX_INTERVAL == 1800
