@@ -28,6 +28,7 @@ def add_field_commands(subparsers: Subparsers) -> None:
     order.add_argument("device", metavar="NAME")
     order.add_argument("type", metavar="TYPE", help=", ".join(COMMANDS))
     order.add_argument("--home", required=True, type=Path, help="the server's home")
+    order.add_argument("--application", default="", metavar="APP", help="only this one, on a device with several")
     order.add_argument("--body", default="{}", help="a JSON object that goes with the command")
     order.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for the reply (default: 30)")
 
@@ -60,12 +61,17 @@ def _print_status(document: dict[str, Any], why: str) -> None:
     print(f"fleet {document['fleet']}: broker {'answers' if document['broker'] else f'does not answer ({why})'}")
     for device in document["devices"]:
         state = device["state"]
-        model = state.get("model") if isinstance(state.get("model"), dict) else {}
         seen = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(device["last_seen"]))
-        version = f"model {model.get('version')}" if model else "no model"
-        print(f"  {device['name']:24} {'alive' if device['alive'] else 'away ':6} {version:12} last seen {seen}")
+        print(f"  {device['name']:24} {'alive' if device['alive'] else 'away ':6} last seen {seen}, {_models(state)}")
     for name in document["never_seen"]:
         print(f"  {name:24} registered, never seen")
+
+
+def _models(state: dict[str, Any]) -> str:
+    models = state.get("models")
+    if not isinstance(models, dict) or not any(isinstance(model, dict) for model in models.values()):
+        return "no model"
+    return ", ".join(f"{name} {model.get('version')}" for name, model in models.items() if isinstance(model, dict))
 
 
 def _command(args: argparse.Namespace) -> int:
@@ -82,6 +88,8 @@ def _command(args: argparse.Namespace) -> int:
     if args.device not in known:
         raise unknown_name("device", args.device, known)
     body = _body(args.body)
+    if args.application:
+        body["application"] = args.application
     with _one_operator(home):
         address = service_address(home, OPERATOR_ACCOUNT)
         reply = ask(address, home.settings.fleet, args.device, args.type, body, timeout=args.timeout)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
+from fl_clients.edge.slots import Slots
 from fl_core.delivery.publication import publish_bundle
 from fl_server.repository_files import RepositoryFiles
 from tests.bundles import TOY, mean_bundle
 from tests.field import Field
-from tests.helpers import eventually, fieldfleet
+from tests.helpers import eventually
 
 
 @pytest.mark.parametrize("mqtt", ["embedded", "off"])
@@ -35,8 +35,7 @@ def test_a_publication_is_installed_at_once(tmp_path: Path, mqtt: str) -> None:
 
 
 def _version(field: Field) -> int | None:
-    done = fieldfleet("agent", "status", field.agent, "--json")
-    model = json.loads(done.stdout)["models"][TOY]
+    model = Slots(field.agent / "applications" / TOY).facts()
     return None if model is None else int(model["version"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,6 +47,9 @@ def test_each_has_its_model_its_data_and_its_predictions(field: Field) -> None:
         assert field.ask("update", application=DRIVER)["model"]["version"] == 2
         both = field.ask("infer")
         assert {name: body["model"]["version"] for name, body in both["applications"].items()} == {TOY: 1, DRIVER: 2}
+        one = ("server", "command", NAME, "infer", "--home", field.home.path, "--application", DRIVER, "--json")
+        assert json.loads(fieldfleet(*one).stdout)["reply"]["model"]["application"] == DRIVER
+        assert f"{TOY} 1, {DRIVER} 2" in fieldfleet("server", "status", "--home", field.home.path).stdout
         odd = field.ask("infer", application="tetris")
         assert odd["ok"] is False
         assert DRIVER in odd["error"]

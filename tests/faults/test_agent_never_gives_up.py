@@ -35,6 +35,7 @@ def test_a_server_that_is_away_at_the_first_start_and_does_not_know_the_device_y
         assert "Traceback" not in field.log()
 
 
+@pytest.mark.slow
 def test_a_server_that_lost_its_memory_is_told_who_we_are_again(field: Field) -> None:
     """Meanwhile, and across a restart of the agent without its server, the installed model serves."""
     field.register()

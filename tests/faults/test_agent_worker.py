@@ -87,6 +87,7 @@ def test_a_killed_worker_is_reported_and_the_next_round_works(field: Field) -> N
         assert (done["ok"], done["training"]["crashes"], done["training"]["disabled"]) == (True, 0, "")
 
 
+@pytest.mark.slow
 def test_a_worker_without_memory_is_an_error_reply(field: Field) -> None:
     with field.running("--no-infer") as process:
         grid = field.superlink.grid()
