@@ -10,8 +10,9 @@ from typing import Any
 
 from fl_core.contracts.errors import EnvironmentFault, IntegrityError, RefusedError, unknown_name
 from fl_core.link import topics
-from fl_core.link.batch import RECORDS, RECORDS_TAKEN, from_text, unpack
+from fl_core.link.batch import RECORDS, RECORDS_TAKEN
 from fl_core.link.envelope import Envelope, decode, encode, new_id
+from fl_core.link.sealed import RecordGate
 from fl_core.link.session import BrokerAddress, Message, MqttSession, Outgoing
 from fl_server.device_table import DATABASE_NAME, DeviceTable, Job
 from fl_server.field_commands import COMMANDS
@@ -31,7 +32,7 @@ class Bridge:
     """A service: start() ... stop(). ``home`` keeps devices.db.
 
     on_event(event, device, facts): birth, state, death, stopped, a report's type, reply; called on the bridge's own
-    thread, must return soon. tunnel: takes the packets of devices' tunnels.
+    thread, must return soon. gate: checks the records of devices; without one they are left where they are. tunnel: takes the packets of devices' tunnels.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Bridge:
         *,
         on_event: Event | None = None,
         tunnel: TunnelServer | None = None,
+        gate: RecordGate | None = None,
     ) -> None:
         self.fleet = fleet
         self.table = DeviceTable(home / DATABASE_NAME)
@@ -54,6 +56,7 @@ class Bridge:
         )
         if tunnel is not None:
             tunnel.attach(self.session)
+        self._gate = gate
         self._on_event: Event = on_event or (lambda event, device, facts: None)
         self._answered = threading.Condition()
         self._stopping = threading.Event()
@@ -141,7 +144,7 @@ class Bridge:
                 continue
             try:
                 self._take(message)
-            except IntegrityError as error:
+            except (IntegrityError, RefusedError) as error:
                 LOG.warning("bridge: %s", error.message)
             except Exception:
                 LOG.exception("bridge: message on %s", message.topic)
@@ -172,10 +175,12 @@ class Bridge:
 
     def _take_records(self, device: str, content: Envelope) -> None:
         """Keep a batch, and say so: only then does its device let go of it."""
-        origin = f"records of {device}"
-        batch = unpack(from_text(content.body.get("z"), origin=origin), origin=origin)
+        if self._gate is None:
+            return
+        batch = self._gate.open(content.body, device)
         taken = self.table.take_records(device, batch)
-        answer = Envelope(type=RECORDS_TAKEN, body={"store": batch.store, "upto": taken.upto})
+        receipt = self._gate.receipt(device, batch.store, taken.upto, have=content.body.get("have"))
+        answer = Envelope(type=RECORDS_TAKEN, body=receipt)
         # A lost answer costs one more batch: nothing waits in a broker for a device that is away.
         self.session.publish(Outgoing(topic=self._topic(device, topics.COMMAND), payload=encode(answer), qos=0))
         with self._answered:

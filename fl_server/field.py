@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_core.contracts.errors import EnvironmentFault, InputError, unknown_name
+from fl_core.link.sealed import RecordGate
 from fl_core.link.session import BrokerAddress
 from fl_core.link.topics import OPERATOR_ACCOUNT, SERVER_ACCOUNT
 from fl_server import accounts, mosquitto
@@ -56,8 +57,14 @@ class FieldService:
             if tunnel is not None:  # no detour over a connection of our own
                 tunnel.attach(self.broker.carry(tunnel.tap))
                 tunnel = None
+        gate = RecordGate.of_files(home.settings.fleet, home.certificate, home.certificate_key, self._key_of)
         self.bridge = Bridge(
-            home.path, home.settings.fleet, service_address(home, SERVER_ACCOUNT), on_event=self._heard, tunnel=tunnel
+            home.path,
+            home.settings.fleet,
+            service_address(home, SERVER_ACCOUNT),
+            on_event=self._heard,
+            tunnel=tunnel,
+            gate=gate,
         )
 
     def start(self) -> None:
@@ -87,6 +94,10 @@ class FieldService:
         for name in names:
             if self.broker is not None:
                 self.broker.end_session(name)
+
+    def _key_of(self, device: str) -> bytes | None:
+        found = self._registry.by_name(device)
+        return found.public_key_pem if found is not None and found.active else None
 
     def wake(self, names: Iterable[str]) -> None:
         """Ring devices that have a message waiting."""

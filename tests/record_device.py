@@ -11,6 +11,7 @@ from fl_clients.connection import Transport, Unreachable, Welcome
 from fl_clients.edge.courier import Courier
 from fl_clients.edge.field_link import FieldLink
 from fl_clients.edge.settings import AgentHome, MqttSettings, OutboxSettings
+from fl_core.identity.keys import load_private_key
 from fl_core.link.backoff import Backoff
 
 
@@ -32,6 +33,7 @@ def main() -> int:
         dict,
         lambda: courier.ring(),
         OutboxSettings(hold_s=0),
+        load_private_key(folder / "keys" / "device.key"),
         answered=lambda store, upto: courier.answered(store, upto),
     )
     courier = Courier(link.records, link, no_transport, answer_s=1.0, backoff=Backoff(0.05, 0.2))

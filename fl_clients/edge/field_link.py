@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from fl_clients.connection import Welcome
 from fl_clients.edge.broker_account import as_welcome, broker_of, read_account
 from fl_clients.edge.settings import AgentHome, MqttSettings, OutboxSettings
 from fl_core.contracts.errors import IntegrityError
+from fl_core.identity.keys import PrivateKey
 from fl_core.link import topics
-from fl_core.link.batch import RECORDS, RECORDS_TAKEN, taken_of, to_text
+from fl_core.link.batch import RECORDS, RECORDS_TAKEN
 from fl_core.link.envelope import Envelope, decode, encode
 from fl_core.link.outbox import DeviceStore
 from fl_core.link.record_log import RecordLog
@@ -20,6 +22,7 @@ from fl_core.link.session import BrokerAddress, Message, MqttSession, Outgoing
 
 if TYPE_CHECKING:
     from fl_clients.tunnel import TunnelClient
+    from fl_core.link.sealed import ReceiptReader
 
 LOG = logging.getLogger(__name__)
 Facts = Callable[[], dict[str, Any]]
@@ -40,6 +43,7 @@ class FieldLink:
         facts: Facts,
         changed: Callable[[], None],
         outbox: OutboxSettings,
+        key: PrivateKey,
         *,
         answered: Callable[[str, int], None],
         tunnel: TunnelClient | None = None,
@@ -50,12 +54,18 @@ class FieldLink:
         self.records = RecordLog(
             home.store_file, max_bytes=outbox.bytes, max_age_s=outbox.seconds, hold_s=outbox.hold_s
         )
-        self._answered = answered
+        self._answered, self._key = answered, key
         self.session: MqttSession | None = None
         self._home, self._settings, self._facts, self._changed = home, settings, facts, changed
         self._account, self._tunnel = read_account(home.account_file), tunnel
         self._entered: tuple[Any, ...] = ()
         self._announcing = threading.Lock()
+
+    @functools.cached_property
+    def _receipts(self) -> ReceiptReader:
+        from fl_core.link.sealed import ReceiptReader  # costs memory that a device without MQTT can spare
+
+        return ReceiptReader(self._home.ca_file)
 
     @property
     def connected(self) -> bool:
@@ -125,8 +135,15 @@ class FieldLink:
         session = self.session
         if session is None or not session.connected:
             return False
+        from fl_core.link.sealed import seal
+
         payload = encode(
-            Envelope(type=RECORDS, boot=self.boot, connection=session.connection, body={"z": to_text(data)})
+            Envelope(
+                type=RECORDS,
+                boot=self.boot,
+                connection=session.connection,
+                body=seal(data, self._key, self.fleet, self.name, have=self._receipts.have),
+            )
         )
         return session.publish(Outgoing(topic=self._topic(topics.TELEMETRY), payload=payload)) is not None
 
@@ -179,7 +196,7 @@ class FieldLink:
         try:
             content = decode(message.payload, origin=message.topic)
             if content.type == RECORDS_TAKEN:
-                self._answered(*taken_of(content.body, origin=message.topic))
+                self._answered(*self._receipts.read(content.body, self.fleet, self.name))
                 return None
             return found.kind, content
         except IntegrityError as error:

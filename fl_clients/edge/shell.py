@@ -94,6 +94,7 @@ class Agent:
             self.facts,
             self._link_changed,
             settings.outbox,
+            self.key,
             answered=lambda store, upto: self.courier.answered(store, upto),
             tunnel=self.tunnel,
         )

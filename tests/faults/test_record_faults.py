@@ -14,6 +14,7 @@ from fl_server.device_table import DATABASE_NAME
 from fl_server.telemetry import Telemetry
 from tests.helpers import ROOT, eventually
 from tests.mqtt_helpers import BROKERS, PASSWORDS, free_port, running_broker, topics
+from tests.record_server import identities
 
 TOTAL = 150
 
@@ -36,6 +37,7 @@ class Ends:
         }
         self.running: dict[str, subprocess.Popen[str]] = {}
         (folder / "device").mkdir()
+        identities(folder / "server", folder / "device")
 
     def start(self, name: str) -> None:
         command = [sys.executable, "-m", *self.commands[name]]
