@@ -121,6 +121,12 @@ class TunnelClient:
         return self._session is not None
 
     @property
+    def quiet(self) -> bool:
+        """A session stands, and nothing waits for an acknowledgement."""
+        end = self._end
+        return end is not None and not end.channel.in_flight
+
+    @property
     def address(self) -> str:
         session = self._session
         return f"mqtt://{session.address.host}:{session.address.port}" if session is not None else "mqtt://-"
@@ -255,7 +261,9 @@ class TunnelClient:
         if not up:
             return []
         end = self._end
-        if end is not None and end.channel.in_flight and now - self._heard_at > DEAD_S:
+        if end is not None and not end.channel.in_flight:
+            self._heard_at = now  # nothing is waited for
+        elif end is not None and now - self._heard_at > DEAD_S:
             self._forget("the server has not answered for a long time")
             end = None
         if end is None and self._wanted:

@@ -95,6 +95,7 @@ class SuperLink:
             self.devices.note_posted,
         )
         self.fleet_watch = FleetWatch(self.registry, self.directory, self.store, self.bell)
+        self.fleet_watch.on_shut_out(lambda names: self.tunnel.shut_out(names))
         self.traffic = Traffic(self._endpoint)
         self.tunnel = TunnelServer(
             self.traffic, fleet=home.settings.fleet, certificate=home.certificate, key=home.certificate_key

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +32,7 @@ from fl_core.link.tunnel.streams import Stream
 
 LOG = logging.getLogger(__name__)
 DEVICE_SCOPE, KEY_SCOPE = "fieldfleet.device", "fieldfleet.key"  # what the endpoint finds in a request's scope
-RESUME_S = 600.0  # a device that was cut off in the middle of a request may come back for so long
+RESUME_S = 1_200.0  # longer than the longest poll: a device that was cut off in the middle of a request may come back for so long
 FORGET_S = 25 * 3600.0
 SWEEP_S = 30.0
 HINT_S = 1.0  # between two hints to one device that its session is unknown
@@ -133,6 +133,11 @@ class TunnelServer:
         if sent is None and then is not None:
             then(False)
 
+    def shut_out(self, devices: Iterable[str]) -> None:
+        """End the sessions of devices that were revoked; from any thread. What they had under way ends with them."""
+        for device in devices:
+            self.call(self._shut_out, device)
+
     def call(self, function: Callable[..., None], *arguments: Any) -> None:
         """In the loop, from any thread."""
         if self._loop is not None:
@@ -178,6 +183,10 @@ class TunnelServer:
 
     def _begin(self) -> None:
         self._sweeper = asyncio.ensure_future(self._sweep())
+
+    def _shut_out(self, device: str) -> None:
+        if (session := self.sessions.pop(device, None)) is not None:
+            session.close("this device was shut out")
 
     async def _end_all(self) -> None:
         if self._sweeper is not None:
@@ -374,6 +383,8 @@ class Session:
             await self._server.serve(scope, request.receive, request.send)
         except (IntegrityError, UnicodeError, OSError) as error:
             LOG.debug("tunnel: %s: %s", self.device, error)
+        except Exception:  # the endpoint's own fault: this request fails, the others go on
+            LOG.exception("tunnel: %s: a request failed", self.device)
         finally:
             if not request.stream.ended_out and not request.stream.reason:
                 self.end.streams.reset(request.stream, "the server could not answer")

@@ -173,6 +173,33 @@ def test_a_revoked_device_is_refused_at_its_next_request(plain: Station) -> None
         plain.superlink.registry.revoke("van-3")
         with pytest.raises(Unregistered, match="revoked"):
             welcome(device.connection)
+        plain.superlink.fleet_watch.look()  # as the command does that revokes
+        sessions = plain.superlink.tunnel.sessions
+        eventually(lambda: "van-3" not in sessions, 60)
+        assert eventually(lambda: _refused(device), 60)  # what it asked in the old session was nobody's any more
+        assert device.tunnel.handshakes == 2
+
+
+def _refused(device: BrokerDevice) -> bool:
+    try:
+        welcome(device.connection)
+    except Unreachable:
+        return False
+    except Unregistered as error:
+        return "revoked" in error.message
+    return False
+
+
+def test_a_request_after_a_long_quiet_time_needs_no_new_session(
+    plain: Station, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with broker_device(plain, "van-11") as device:
+        welcome(device.connection)
+        eventually(lambda: device.tunnel.quiet, 30)
+        monkeypatch.setattr(device.tunnel, "_heard_at", -1e9)
+        for _ in range(3):
+            welcome(device.connection)
+        assert device.tunnel.handshakes == 1
 
 
 def test_another_key_and_another_name_are_refused(plain: Station, tmp_path: Path) -> None:
@@ -228,7 +255,7 @@ def test_a_hostile_broker_changes_nothing_and_honest_traffic_recovers(
         hostile = Hostile(kind, 1)
         proxy.tamper = hostile
         failures = 0
-        while hostile.done < 25:
+        while hostile.done < 15:
             try:
                 assert fetch_part(device.connection) == BLOB[: 1 << 18]
             except Unreachable:
@@ -239,7 +266,7 @@ def test_a_hostile_broker_changes_nothing_and_honest_traffic_recovers(
 
 def fetch_part(connection: BrokerConnection) -> bytes:
     headers = {"range": f"bytes=0-{(1 << 18) - 1}"}
-    answered = connection.request("GET", BLOB_PATH, limit=1 << 20, timeout=5.0, headers=headers)
+    answered = connection.request("GET", BLOB_PATH, limit=1 << 20, timeout=2.0, headers=headers)
     assert answered.status == 206
     return answered.body
 
