@@ -16,6 +16,7 @@ from fl_server.run_commands import add_run_commands, add_server_runs
 from fl_server.telemetry_commands import add_telemetry_command
 
 if TYPE_CHECKING:
+    from fl_server.backup import Backup
     from fl_server.home import MqttSettings, ServerHome
 
 
@@ -27,6 +28,7 @@ def add_commands(subparsers: Subparsers) -> None:
     add_register(actions)
     _add_account(actions)
     add_server_runs(actions)
+    _add_backup(actions)
     add_field_commands(actions)
     fleet = add_fleet_commands(subparsers)
     add_telemetry_command(fleet)
@@ -56,6 +58,15 @@ def _add_account(actions: Subparsers) -> None:
     account.add_argument("--out", type=Path, metavar="FILE", help="write it there (0600) instead of showing it")
     account.add_argument("--host", default="", help="the broker's name as the device reaches it")
     _home_option(account)
+
+
+def _add_backup(actions: Subparsers) -> None:
+    backup = command(actions, "backup", run_backup, help="copy a home, also of a running server", config=False)
+    backup.add_argument("target", type=Path, metavar="DEST")
+    _home_option(backup)
+    restore = command(actions, "restore", run_restore, help="make a home from a backup", config=False)
+    restore.add_argument("source", type=Path, metavar="BACKUP")
+    restore.add_argument("home", type=Path, metavar="HOME")
 
 
 def _home_option(parser: argparse.ArgumentParser) -> None:
@@ -126,6 +137,39 @@ def run_account(args: argparse.Namespace) -> int:
         args, {"file": str(args.out), "name": args.name}, f"{args.out}: the account of {args.name}; hand it over safely"
     )
     return 0
+
+
+def run_backup(args: argparse.Namespace) -> int:
+    from fl_server import backup
+    from fl_server.home import ServerHome
+
+    made = backup.create(ServerHome(args.home), args.target)
+    lines = [f"{made.path}: {made.files} files, {made.bytes:,} bytes, verified; holds private keys: keep it safe"]
+    lines += [f"  not in it, outside the home: {folder}" for folder in made.outside]
+    emit(args, _backup_facts(made), "\n".join(lines))
+    return 0
+
+
+def run_restore(args: argparse.Namespace) -> int:
+    from fl_server import backup
+
+    made = backup.restore(args.source, args.home)
+    text = (
+        f"{made.path}: as of {made.created}. Revoke again whom you revoked since; never run two servers of one fleet."
+    )
+    emit(args, _backup_facts(made), text)
+    return 0
+
+
+def _backup_facts(made: Backup) -> dict[str, Any]:
+    return {
+        "path": str(made.path),
+        "created": made.created,
+        "fleet": made.fleet,
+        "files": made.files,
+        "bytes": made.bytes,
+        "outside": list(made.outside),
+    }
 
 
 def _write_broker_files(home: ServerHome) -> None:
