@@ -44,8 +44,9 @@ def _add_init(actions: Subparsers) -> None:
     init.add_argument("--fleet", default="fieldfleet", help="name of the fleet (default: fieldfleet)")
     init.add_argument("--mqtt", default="embedded", help="embedded (default), off, or HOST:PORT of your own broker")
     init.add_argument(
-        "--metrics-port", type=int, default=0, help="serve /metrics, /healthz, /readyz on loopback (default: 0 = off)"
+        "--metrics-port", type=int, default=0, help="serve /metrics, /healthz, /readyz there (default: 0 = off)"
     )
+    init.add_argument("--metrics-host", default="127.0.0.1", help="address they listen on (default: loopback)")
     init.add_argument("--mqtt-port", type=int, default=DEFAULT_MQTT_PORT, help="port of the embedded broker")
     renew = command(actions, "renew", run_renew, help="issue a new server certificate from the home's CA", config=False)
     _home_option(renew)
@@ -82,7 +83,9 @@ def run_init(args: argparse.Namespace) -> int:
         fleet=args.fleet,
         listen=configuration.parse(ListenSettings, listen, origin="server init"),
         mqtt=_mqtt_settings(args.mqtt, args.mqtt_port),
-        metrics=configuration.parse(MetricsSettings, {"port": args.metrics_port}, origin="server init --metrics-port"),
+        metrics=configuration.parse(
+            MetricsSettings, {"host": args.metrics_host, "port": args.metrics_port}, origin="server init --metrics-port"
+        ),
     )
     home = create_home(args.home, settings)
     _write_broker_files(home)
