@@ -209,9 +209,16 @@ def run_agent(args: argparse.Namespace) -> int:
     from fl_clients.edge.settings import AgentHome
     from fl_clients.edge.shell import Agent, RunOptions
     from fl_clients.enrolment import settle_rotation
+    from fl_core.contracts.installed import application_version, known_applications
 
     home = AgentHome(args.home)
     settings = home.settings()
+    for name in settings.device.names:
+        if application_version(name) is None:
+            raise InputError(
+                f"{home.settings_file}: application {name!r} is not installed here",
+                remedy=f"installed: {', '.join(known_applications())}",
+            )
     if args.serve is not None and not 0 <= args.serve <= 65535:
         raise InputError(f"--serve {args.serve}: not a port", remedy="accepted: 0 (any free one) to 65535")
     port = args.serve if args.serve is not None else (settings.grpc.port if settings.roles.serve else None)

@@ -51,8 +51,10 @@ def test_what_matters_whether_it_runs_or_not(field: Field) -> None:
         assert fieldfleet("agent", "enable-training", field.agent).returncode == 0
         assert status(field)["training_disabled"] == ""
         assert (field.agent / "agent.sock").stat().st_mode & 0o077 == 0
+        inference = found["agent"]["inference_process"]["pid"]
         process.send_signal(signal.SIGKILL)
         process.wait()
+        eventually(lambda: inference is None or not Path(f"/proc/{inference}").exists(), 60)
     dead = status(field)
     assert dead["running"] is False
     assert dead["agent"]["contact"]["state"] in ("starting", "ok"), "what it said last"

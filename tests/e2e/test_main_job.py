@@ -46,7 +46,7 @@ def test_lineage_reaches_from_the_device_to_pretraining(demo: tuple[Path, dict[s
     assert bundle.manifest.parent_sha256 == federated.manifest.model_sha256
     assert next(s["stage"] for s in bundle.manifest.lineage) == "pretrain"
     for name in DEVICES:
-        current = open_bundle(out / "agents" / name / "slots" / "current", only=("manifest.json",))
+        current = open_bundle(own_folder(out, name) / "slots" / "current", only=("manifest.json",))
         assert current.manifest.parent_sha256 == federated.manifest.model_sha256
     assert results["federation"][-1]["round"] == 3
 
@@ -72,7 +72,7 @@ def test_the_federation_improved_on_unseen_clients(demo: tuple[Path, dict[str, A
 def test_each_device_inferred_with_the_new_model(demo: tuple[Path, dict[str, Any]]) -> None:
     out, _ = demo
     for name in DEVICES:
-        assert list((out / "agents" / name / "predictions").glob("*.csv"))
+        assert list((own_folder(out, name) / "predictions").glob("*.csv"))
 
 
 def test_private_keys_are_private(demo: tuple[Path, dict[str, Any]]) -> None:
@@ -80,3 +80,8 @@ def test_private_keys_are_private(demo: tuple[Path, dict[str, Any]]) -> None:
     found = [*out.rglob("*.key")]
     assert found
     assert all(not path.stat().st_mode & 0o077 for path in found)
+
+
+def own_folder(out: Path, device: str) -> Path:
+    """Of the application, in the device's home."""
+    return out / "agents" / device / "applications" / "toy_regression"

@@ -234,3 +234,44 @@ def test_init_makes_a_whole_home_or_nothing(tmp_path: Path) -> None:
     back = fieldfleet("agent", "roll-back", target)
     assert back.returncode in (2, 3)
     assert "Traceback" not in back.stderr
+
+
+def test_an_application_that_is_not_installed_is_named_before_any_work(home: AgentHome) -> None:
+    text = home.settings_file.read_text(encoding="utf-8")
+    home.settings_file.write_text(text.replace('["toy_regression"]', '["toy_regression", "tetris"]'), encoding="utf-8")
+    done = fieldfleet("agent", "run", home.folder)
+    assert done.returncode == 2
+    assert "tetris" in done.stderr
+    assert "driver_conflict" in done.stderr
+
+
+def test_data_of_several_applications(home: AgentHome) -> None:
+    text = home.settings_file.read_text(encoding="utf-8").replace('["toy_regression"]', '["a", "b"]')
+    home.settings_file.write_text(text + '\n[applications.b]\ndata = "/leaves"\nchannel = "beta"\n', encoding="utf-8")
+    settings, folder = home.settings(), home.folder
+    assert home.data_folders(settings) == {"a": folder / "data" / "a", "b": Path("/leaves")}
+    assert home.data_folders(settings, [str(folder)]) == {"a": folder / "a", "b": folder / "b"}
+    assert home.data_folders(settings, [f"b={folder}"]) == {"a": folder / "data" / "a", "b": folder}
+    with pytest.raises(InputError, match="NAME=FOLDER"):
+        home.data_folders(settings, [f"c={folder}"])
+    assert (settings.of("a").channel, settings.of("b").channel) == ("stable", "beta")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('["toy_regression"]', '["a", "a"]', ["twice"]),
+        ('["toy_regression"]', '["a/b"]', ["device.applications"]),
+        ('["toy_regression"]', '["a"]\napplication = "b"', ["contradict"]),
+        ("[grpc]", '[applications.other]\ndata = "x"\n[grpc]', ["applications.other", "toy_regression"]),
+        ("[grpc]", '[applications.toy_regression]\ndat = "x"\n[grpc]', ["applications.toy_regression.dat", "data"]),
+        ("[grpc]", '[applications.toy_regression]\nchannel = "a/b"\n[grpc]', ["channel"]),
+    ],
+)
+def test_wrong_settings_of_applications(home: AgentHome, old: str, new: str, words: list[str]) -> None:
+    text = home.settings_file.read_text(encoding="utf-8")
+    home.settings_file.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        home.settings()
+    for word in [str(home.settings_file), *words]:
+        assert word in str(caught.value)
