@@ -1,6 +1,7 @@
 """A worker process with a trivial handler instead of torch: adds one to every array. Behaviour by the files in a folder.
 
 crash: die without an answer. hold: wait until the file is gone. fail: raise. vary: add what device and round determine.
+hog: take 2 GiB of memory. ``beats`` grows while it holds.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ def handler(switches: Path, device: str) -> object:
             os._exit(7)
         while (switches / "hold").exists():
             time.sleep(0.01)
+            with (switches / "beats").open("a") as file:
+                file.write(".")
+        if (switches / "hog").exists():
+            bytearray(2 << 30)
         if (switches / "fail").exists():
             raise ValueError("as the test asked")
         step: Any = 1

@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fl_clients.edge.device_state import StateSettings
+from fl_clients.edge.policy import PolicySettings
 from fl_core.contracts import config
 from fl_core.contracts.errors import ConfigError, EnvironmentFault, InputError
 from fl_core.contracts.names import DEFAULT_GRPC_PORT, NAME_PATTERN
@@ -163,6 +165,8 @@ class AgentSettings:
     mqtt: MqttSettings = field(default_factory=MqttSettings)
     outbox: OutboxSettings = field(default_factory=OutboxSettings)
     samples: SampleSettings = field(default_factory=SampleSettings)
+    state: StateSettings = field(default_factory=StateSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
     intervals: IntervalSettings = field(default_factory=IntervalSettings)
     applications: Mapping[str, ApplicationSettings] = field(default_factory=dict)
 
@@ -378,6 +382,25 @@ enabled = false
 inbox = ""      # files of samples and labels; "" = applications/NAME/samples/inbox
 max_mb = 1024.0
 max_days = 90.0
+
+[state]  # what the server hears of this device, beside what it finds out: battery, network, temperature, storage
+group = ""
+tags = []         # such as "front-camera"
+power = "auto"    # "mains": no battery, always supplied
+metered = "auto"  # "yes", "no"; auto: a cellular network is
+file = ""         # JSON that the vehicle's own software keeps current
+
+[policy]  # when this device trains
+train_min_battery = 0.0        # from 0 to 1
+train_require_charging = false
+train_max_temperature_c = 0.0  # 0 = no bound
+train_on_metered = true
+quiet_hours = ""               # no training then, local time: "22:00-06:00"
+max_train_s_per_day = 0.0      # 0 = no bound
+wait_s = 60.0                  # a message that may not be trained now waits so long, then it is refused
+pause_s = 300.0                # paused training waits so long to go on, then it is given up
+worker_memory_mb = 0           # of the training process; 0 = no bound
+worker_nice = 5                # 0 to 19: how far training stands behind other programs
 
 [intervals]
 update_s = 3600.0     # between checks for a new model; fewer while the server tells of new ones

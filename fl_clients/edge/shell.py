@@ -23,8 +23,10 @@ from typing import Any
 from fl_clients.connection import Welcome, open_transport, open_tunnel
 from fl_clients.edge import duties
 from fl_clients.edge.capabilities import capabilities
+from fl_clients.edge.condition import Condition
 from fl_clients.edge.contact import ContactKeeper
 from fl_clients.edge.courier import Courier
+from fl_clients.edge.device_state import Probes
 from fl_clients.edge.duties import JobDesk, Schedule, reply_body
 from fl_clients.edge.field_link import FieldLink
 from fl_clients.edge.models import Models, NothingPublished
@@ -50,7 +52,9 @@ CONNECT_S = 10.0
 FIRST_RETRY_S = 30.0
 TOLD_UPDATE_S = 6 * 3_600.0
 STATE_PATH, STATE_KEYS = "/fieldfleet/v1/state", ("device", "capabilities")
-TELEMETRY, SETTLE = "telemetry", "settle"
+TELEMETRY, SETTLE, CONDITION = "telemetry", "settle", "condition"
+CONDITION_S = 5.0  # between looks at the device's own condition
+ANNOUNCED = ("joined", "away", "refused", "worker_failed", "waiting", "paused", "resumed")
 FIRST_SETTLE_S, SETTLE_S = 8.0, 1_800.0  # give back what only the start, or a burst of work, needed of the libraries
 
 
@@ -86,6 +90,13 @@ class Agent:
         self.training = Training(self._on_fleet_event)
         self.capabilities = capabilities(
             settings, train=options.train, infer=options.infer, serve=options.serve_port is not None
+        )
+        data = next(iter(options.data.values()), home.folder)
+        self.condition = Condition(
+            settings.policy,
+            Probes(settings.state, home.folder, data).read,
+            home.folder,
+            skew=lambda: self.connection.signer.clock_facts()["skew_s"],
         )
         # A ring may have been missed while the connection was down: the fleet link then asks for itself.
         self.link = FieldLink(
@@ -196,6 +207,7 @@ class Agent:
             wake=self.wake,
             wake_ready=lambda: self.link.connected,
             stop=self.stop,
+            permit=self.condition,
         )
 
     def _duties(self) -> Schedule:
@@ -206,6 +218,7 @@ class Agent:
                 duties.INFER: intervals.infer_s if self.options.infer else 0.0,
                 TELEMETRY: intervals.telemetry_s,
                 SETTLE: SETTLE_S,
+                CONDITION: CONDITION_S,
             }
         )
 
@@ -223,6 +236,8 @@ class Agent:
             for duty in schedule.take_due(time.monotonic()):
                 if duty == TELEMETRY:
                     self._guarded(self._tell_telemetry)
+                elif duty == CONDITION:
+                    self._guarded(self._tell_condition)
                 elif duty == SETTLE:
                     release_library_pages()
                 elif duty != duties.UPDATE or self._should_look():
@@ -246,6 +261,10 @@ class Agent:
             raise RefusedError(f"{self.connection.url} refuses this device: {answer.reason()}")
         if answer.status >= 400:
             LOG.info("agent: the server does not take our state: %s", answer.reason())
+
+    def _tell_condition(self) -> None:
+        if self.condition.news():
+            self._announce()
 
     def _serve_operator(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request.get("do") == duties.ENABLE:
@@ -291,6 +310,7 @@ class Agent:
         self.operator.stop()
         if not self.options.once:
             self.status_file.write(self.local_facts, now=True)
+        self.condition.close()
         self.link.stop()
 
     def _thread(self, name: str, target: Callable[[], None]) -> None:
@@ -387,7 +407,7 @@ class Agent:
             self._hear(Offer(int(facts["generation"])))
         elif event == "worker_failed":
             self._guarded(self.link.report, "worker-failed", dict(facts))
-        if event in ("joined", "away", "refused", "worker_failed"):
+        if event in ANNOUNCED:
             self._announce()
 
     # facts
@@ -399,6 +419,7 @@ class Agent:
         return {
             "applications": list(models),
             "capabilities": self.capabilities,
+            "device": self.condition.facts(),
             "roles": {"train": self.training.state, "infer": self.options.infer, "serve": self.grpc_port},
             "training": self.training.facts(),
             "model": next((facts for facts in models.values() if facts is not None), None),

@@ -12,6 +12,7 @@ from typing import Any
 
 from fl_clients.connection import Transport
 from fl_clients.edge.capabilities import missing_for_training
+from fl_clients.edge.condition import Condition
 from fl_core.contracts.errors import FieldfleetError
 
 LOG = logging.getLogger(__name__)
@@ -19,10 +20,12 @@ OnEvent = Callable[[str, Mapping[str, Any]], None]
 
 
 class Training:
-    """state: "off", or what the fleet link said last: joined, away, refused."""
+    """state: "off", or what the fleet link said last: joined, away, refused. held: "waiting: why" or "paused: why" by the
+    owner's policy, "" = not.
+    """
 
     def __init__(self, on_event: OnEvent) -> None:
-        self.state = "off"
+        self.state, self.held = "off", ""
         self._on_event = on_event
         self._link: Any = None
 
@@ -33,7 +36,7 @@ class Training:
             return {"state": self.state, "crashes": 0, "disabled": "", "replies_waiting": 0}
         circuit = link.breaker.circuit
         return {
-            "state": self.state,
+            "state": self.held or self.state,
             "crashes": circuit.crashes,
             "disabled": circuit.disabled,
             "replies_waiting": link.outbox.depth(),
@@ -61,11 +64,12 @@ class Training:
         wake: threading.Event,
         wake_ready: Callable[[], bool],
         stop: threading.Event,
+        permit: Condition,
     ) -> None:
         # By name: the torch-free half never imports the training half.
         module = importlib.import_module("fl_clients.training.link")
         try:
-            link = module.FleetLink(transport, folder, command, wake, self._heard, wake_ready=wake_ready)
+            link = module.FleetLink(transport, folder, command, wake, self._heard, wake_ready=wake_ready, permit=permit)
         except FieldfleetError as error:
             LOG.error("agent: no training: %s", error)
             return
@@ -74,7 +78,11 @@ class Training:
 
     def _heard(self, event: str, facts: Mapping[str, Any]) -> None:
         if event in ("joined", "away", "refused"):
-            self.state = event
+            self.state, self.held = event, ""
+        elif event in ("waiting", "paused"):
+            self.held = f"{event}: {facts['reason']}"
+        elif event == "resumed":
+            self.held = ""
         self._on_event(event, facts)
 
 

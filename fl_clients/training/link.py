@@ -20,7 +20,8 @@ from fl_clients.training.breaker import Breaker
 from fl_clients.training.fleet import FleetClient, Gone, Instruction
 from fl_clients.training.outbox import Outbox
 from fl_clients.training.poll_interval import FIRST_POLL_S, PollInterval
-from fl_clients.training.worker_process import Stopped, WorkerFailed, WorkerProcess
+from fl_clients.training.supervision import Always, Declined, Permit, Supervision
+from fl_clients.training.worker_process import Stopped, WorkerFailed, WorkerLimits, WorkerProcess
 from fl_core.contracts.errors import IntegrityError, RefusedError
 from fl_core.contracts.installed import package_version
 from fl_core.flower import wire
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 FIRST_BACKOFF, LAST_BACKOFF = 0.2, 30.0
 FIRST_REFUSED_BACKOFF, LAST_REFUSED_BACKOFF = 2.0, 60.0
-HEARTBEAT_TICK = 20.0
 ROUTINE = ("message", "reply")
 
 
@@ -41,8 +41,9 @@ class FleetLink:
     home: a folder of its own (``outbox/``). worker_command: the command line of the worker process.
     wake: set by someone who knows of new messages sooner (MQTT); while ``wake_ready()`` the link waits for it and asks
       the server only every ``safety_seconds``; otherwise it holds a long poll, of ``poll_seconds`` at first.
+    permit: the owner's policy (default: training is always allowed).
     on_event(name, facts): joined, away, refused, message, reply, worker_failed, dropped,
-      repository (it has changed).
+      repository (it has changed), waiting, paused, resumed, declined (by the policy).
     """
 
     def __init__(
@@ -57,11 +58,15 @@ class FleetLink:
         poll_seconds: float = FIRST_POLL_S,
         safety_seconds: float = 1_500.0,
         idle_seconds: float = 300.0,
+        permit: Permit | None = None,
     ) -> None:
         self.connection = connection
         self.client = FleetClient(self.connection)
         self.outbox = Outbox(home / "outbox")
-        self.worker = WorkerProcess(worker_command, idle_seconds=idle_seconds)
+        permit = permit or Always()
+        limits = WorkerLimits(memory_mb=permit.policy.worker_memory_mb, nice=permit.policy.worker_nice)
+        self.worker = WorkerProcess(worker_command, idle_seconds=idle_seconds, limits=limits)
+        self._supervision = Supervision(self.worker, permit, self._heartbeat, self._tell)
         self.breaker = Breaker(home / "breaker.json", package_version("fieldfleet") or "")
         self.welcome: Welcome | None = None
         self._wake, self._wake_ready = wake, wake_ready or (lambda: wake is not None)
@@ -175,10 +180,13 @@ class FleetLink:
         if self.worker.pid is None and self._stop.wait(circuit.pause(run)):
             raise Stopped
         try:
-            reply = self.worker.run(instruction, self._tick, tick_seconds=HEARTBEAT_TICK)
+            reply = self._supervision.run(instruction, self._stop)
             self.breaker.succeeded()
             reply.check_limits()
             return reply
+        except Declined as error:
+            self._tell("declined", reason=str(error))
+            return wire.error_reply(instruction.envelope, str(error))
         except WorkerFailed as error:
             self.breaker.crashed(run, str(error))
             disabled = self.breaker.circuit.disabled
@@ -196,10 +204,8 @@ class FleetLink:
                 self._tell("dropped", message_id=reply.instruction_id, reason=str(error))
             self.outbox.remove(reply.instruction_id)
 
-    def _tick(self) -> None:
-        """While the worker computes: stay online, notice the end."""
-        if self._stop.is_set():
-            raise Stopped
+    def _heartbeat(self) -> None:
+        """While the worker computes, or waits to be allowed to: stay online."""
         try:
             self.client.heartbeat()
         except (Unreachable, Unregistered, CertificateRefused, Gone, IntegrityError) as error:

@@ -6,6 +6,8 @@ It answers what is installed on this device and enabled in its settings; nothing
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -27,6 +29,7 @@ from fl_core.learning.examples import Examples, RawData
 log = logging.getLogger(__name__)
 Handler = Callable[[Message], Message]
 GENERATED = "generated"
+PR_SET_PDEATHSIG = 1
 APP_RAISED = 2  # Flower's ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
@@ -114,6 +117,12 @@ def _handled(handler: Handler, message: Message) -> Message:
         return Message(Error(APP_RAISED, f"{type(error).__name__}: {error}"[:2000]), reply_to=message)
 
 
+def end_with_parent() -> None:
+    """A paused worker reads no end of input: the kernel ends it when the agent dies, where it can (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m fl_clients.training.worker", description=__doc__)
     options.add_argument("--name", required=True, help="this device's name")
@@ -136,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outgoing = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever the application prints goes to stderr, not into the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the agent decides when this process ends
+    end_with_parent()
     start_logging(verbose=args.verbose)
     import torch
 

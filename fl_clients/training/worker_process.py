@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 import select
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from fl_clients.training import frames
 from fl_clients.training.fleet import Instruction
@@ -27,11 +31,24 @@ class Stopped(Exception):
     """The agent is ending: the instruction stays unanswered and will be delivered again."""
 
 
-class WorkerProcess:
-    """Runs one instruction at a time. ``idle_seconds`` after the last one the process is ended to free its memory."""
+@dataclass(frozen=True, kw_only=True)
+class WorkerLimits:
+    """memory_mb: of its data (RLIMIT_DATA), 0 = no bound; code and files that are only mapped do not count. nice: 0-19."""
 
-    def __init__(self, command: Sequence[str], *, idle_seconds: float = 300.0) -> None:
-        self.command, self.idle_seconds = list(command), idle_seconds
+    memory_mb: int = 0
+    nice: int = 0
+
+
+class WorkerProcess:
+    """Runs one instruction at a time. ``idle_seconds`` after the last one the process is ended to free its memory.
+
+    When memory runs out, the kernel ends the worker rather than the agent or another program of the device.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, idle_seconds: float = 300.0, limits: WorkerLimits | None = None
+    ) -> None:
+        self.command, self.idle_seconds, self.limits = list(command), idle_seconds, limits or WorkerLimits()
         self._process: Process | None = None
         self._last_used = time.monotonic()
 
@@ -73,6 +90,18 @@ class WorkerProcess:
             return parse_reply(header, frame[1], origin="worker")
         except IntegrityError as error:
             raise WorkerFailed(error.message) from None
+
+    def pause(self) -> None:
+        """Stop it in the middle of whatever it does, until ``resume``."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.send_signal(number)
 
     def idle_left(self) -> float:
         """Seconds until it counts as idle; infinite while there is no process."""
@@ -118,6 +147,7 @@ class WorkerProcess:
                 )
             except OSError as error:
                 raise WorkerFailed(f"the worker process could not be started: {error}") from None
+            _limit(self._process.pid, self.limits)
         return self._process
 
     def _ending(self, process: Process) -> str:
@@ -125,4 +155,21 @@ class WorkerProcess:
             code = process.wait(5)
         except subprocess.TimeoutExpired:
             return "closed its output"
+        if code == -signal.SIGKILL:
+            return "was ended by signal 9: out of memory, or by another program"
         return f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+
+
+def _limit(pid: int, limits: WorkerLimits) -> None:
+    """Before the new process has done anything; what this system does not offer is left out."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000", encoding="ascii")
+    with contextlib.suppress(OSError):
+        if limits.nice:
+            os.setpriority(os.PRIO_PROCESS, pid, limits.nice)
+    if limits.memory_mb:
+        try:
+            size = limits.memory_mb << 20
+            resource.prlimit(pid, resource.RLIMIT_DATA, (size, size))
+        except (OSError, ValueError, AttributeError) as error:
+            raise WorkerFailed(f"the worker's memory cannot be limited here: {error}") from None
