@@ -155,6 +155,17 @@ class TrainingDay:
             return "", 0.0
 
 
+def of_samples(summaries: Mapping[str, Mapping[str, Any]], now: float) -> dict[str, DataState]:
+    """From the sample stores' summaries. now: seconds since 1970. Samples without a label do not train."""
+    return {
+        name: DataState(
+            num_examples=found["labelled"],
+            age_s=None if found["newest"] is None else max(0.0, now - found["newest"]),
+        )
+        for name, found in summaries.items()
+    }
+
+
 def matters(before: DeviceState, after: DeviceState) -> bool:
     """Whether the difference may change what a server decides."""
     for name in ("charging", "network", "metered", "group", "tags"):

@@ -23,7 +23,7 @@ from typing import Any
 from fl_clients.connection import Welcome, open_transport, open_tunnel
 from fl_clients.edge import duties
 from fl_clients.edge.capabilities import capabilities
-from fl_clients.edge.condition import Condition
+from fl_clients.edge.condition import Condition, of_samples
 from fl_clients.edge.contact import ContactKeeper
 from fl_clients.edge.courier import Courier
 from fl_clients.edge.device_state import Probes
@@ -97,6 +97,7 @@ class Agent:
             Probes(settings.state, home.folder, data).read,
             home.folder,
             skew=lambda: self.connection.signer.clock_facts()["skew_s"],
+            data=lambda: of_samples(self.samples.summaries(), time.time()),
         )
         # A ring may have been missed while the connection was down: the fleet link then asks for itself.
         self.link = FieldLink(

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fl_clients.edge.condition import BURST, REFILL_S, Bucket, Condition, TrainingDay, matters, rounded
+from fl_clients.edge.condition import (
+    BURST,
+    REFILL_S,
+    Bucket,
+    Condition,
+    TrainingDay,
+    matters,
+    of_samples,
+    rounded,
+)
 from fl_clients.edge.policy import BATTERY_MARGIN, TEMPERATURE_MARGIN, Decision, PolicySettings, decide, quiet_left
 from fl_core.contracts import config
 from fl_core.contracts.device_state import DataState, DeviceState
@@ -215,6 +224,11 @@ def test_a_bucket_refills() -> None:
     assert [bucket.take() for _ in range(2)] == [True, False]
     time[0] = 1e6
     assert [bucket.take() for _ in range(3)] == [True, True, False]
+
+
+def test_samples_are_what_the_server_hears_of_the_data() -> None:
+    found = of_samples({"toy": {"labelled": 3, "newest": 90.0}, "other": {"labelled": 0, "newest": None}}, 100.0)
+    assert found == {"toy": DataState(num_examples=3, age_s=10.0), "other": DataState(num_examples=0)}
 
 
 @given(st.floats(0, 1), st.floats(-50, 150))
