@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,6 +24,22 @@ def add_commands(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="run folder; an interrupted run is taken up"
     )
+    parser.add_argument(
+        "--device-states",
+        default="",
+        metavar="FILE",
+        help="what devices report over time, for [selection]: a trace (JSON lines, .csv) or 'generated'",
+    )
+    parser.add_argument(
+        "--round-seconds", type=positive, default=3600.0, metavar="S", help="time that a round takes in device states"
+    )
+
+
+def positive(text: str) -> float:
+    found = float(text)
+    if not 0 < found < math.inf:
+        raise ValueError
+    return found
 
 
 def run_simulate(args: argparse.Namespace) -> int:
@@ -41,7 +58,16 @@ def run_simulate(args: argparse.Namespace) -> int:
             bar.update(record.round, f"loss {record.loss if record.loss is not None else float('nan'):.4f}{shown}")
 
         result = simulate(
-            app, config, found.raw, start=start, num_rounds=args.rounds, seed=args.seed, out=args.out, on_round=on_round
+            app,
+            config,
+            found.raw,
+            start=start,
+            num_rounds=args.rounds,
+            seed=args.seed,
+            out=args.out,
+            on_round=on_round,
+            device_states=args.device_states,
+            round_s=args.round_seconds,
         )
     manifest = checkpoints.load(result.final).manifest
     document = {

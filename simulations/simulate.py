@@ -14,12 +14,14 @@ from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.config import to_table
 from fl_core.contracts.errors import DataError
+from fl_core.contracts.sections import SelectionConfig
 from fl_core.learning.application import Application
 from fl_core.learning.examples import Examples, RawData
 from fl_core.learning.partition import split_clients
 from fl_core.learning.torch_arrays import get_arrays, set_arrays
 from fl_server.engine import RoundEngine
 from fl_server.history import RoundRecord
+from simulations.device_states import ROUND_S, SimulatedSelector, open_states
 from simulations.grid import InProcessGrid
 
 
@@ -43,8 +45,13 @@ def simulate(
     seed: int,
     out: Path,
     on_round: Callable[[RoundRecord], None] | None = None,
+    device_states: str = "",
+    round_s: float = ROUND_S,
 ) -> Simulation:
     """Federate over the clients of ``raw``; the held-out ones are only evaluated on.
+
+    device_states: "generated" or a trace's file, for the [selection] of the configuration; a round takes ``round_s``
+    seconds of their time.
 
     Raises DataError when no client is left to train.
     """
@@ -83,6 +90,13 @@ def simulate(
         stage="simulation",
         on_round=on_round,
         evaluate_global=evaluate_global if len(held_examples) else None,
+        selector=SimulatedSelector(
+            getattr(config, "selection", None) or SelectionConfig(),
+            open_states(device_states, {name: len(by_client[name]) for name in clients}, seed),
+            seed=seed,
+            application=app.name,
+            round_s=round_s,
+        ),
     )
     final = engine.run()
     return Simulation(final, engine.history.records, clients, held)

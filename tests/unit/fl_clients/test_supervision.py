@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,11 +181,13 @@ def test_a_killed_agent_leaves_no_paused_worker_behind(tmp_path: Path) -> None:
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert agent.stdout is not None
-    pid = int(agent.stdout.readline())
-    assert state_of(pid) == "T"
-    agent.send_signal(signal.SIGKILL)
-    agent.communicate()
+    try:
+        assert agent.stdout is not None
+        pid = int(agent.stdout.readline())
+        eventually(lambda: state_of(pid) == "T", 60)
+    finally:
+        agent.kill()
+        agent.communicate()
 
     def gone() -> bool:
         try:
