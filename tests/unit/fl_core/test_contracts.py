@@ -90,7 +90,7 @@ def test_every_error_has_its_documented_exit_code() -> None:
     }
     assert found == {
         "GoalMissed": 1, "InputError": 2, "ConfigError": 2, "DataError": 2, "IntegrityError": 2,
-        "EnvironmentFault": 3, "RefusedError": 4,
+        "EnvironmentFault": 3, "RefusedError": 4, "Interrupted": 130,
     }  # fmt: skip
     assert [int(c) for c in ExitCode] == [0, 1, 2, 3, 4, 130]
     for name, code in found.items():
