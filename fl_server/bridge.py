@@ -16,6 +16,7 @@ from fl_core.link.sealed import RecordGate
 from fl_core.link.session import BrokerAddress, Message, MqttSession, Outgoing
 from fl_server.device_table import DATABASE_NAME, DeviceTable, Job
 from fl_server.field_commands import COMMANDS
+from fl_server.telemetry import Telemetry
 from fl_server.tunnel import TunnelServer
 
 LOG = logging.getLogger(__name__)
@@ -32,7 +33,8 @@ class Bridge:
     """A service: start() ... stop(). ``home`` keeps devices.db.
 
     on_event(event, device, facts): birth, state, death, stopped, a report's type, reply; called on the bridge's own
-    thread, must return soon. gate: checks the records of devices; without one they are left where they are. tunnel: takes the packets of devices' tunnels.
+    thread, must return soon. gate: checks the records of devices; without one they are left where they are.
+    tunnel: takes the packets of devices' tunnels. telemetry: closed with the bridge.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class Bridge:
         on_event: Event | None = None,
         tunnel: TunnelServer | None = None,
         gate: RecordGate | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.fleet = fleet
-        self.table = DeviceTable(home / DATABASE_NAME)
+        self.table = DeviceTable(home / DATABASE_NAME, telemetry)
         self.session = MqttSession(
             address,
             subscriptions=every_report(fleet),

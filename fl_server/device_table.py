@@ -55,10 +55,10 @@ class Job:
 class DeviceTable:
     """Thread-safe; another process may read it at the same time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, telemetry: Telemetry | None = None) -> None:
         self._lock = threading.Lock()
         self._db = database.connect(path, SCHEMA)
-        self.telemetry = Telemetry(path)
+        self.telemetry = telemetry or Telemetry(path)
 
     def close(self) -> None:
         self.telemetry.close()

@@ -65,6 +65,7 @@ class FieldService:
             on_event=self._heard,
             tunnel=tunnel,
             gate=gate,
+            telemetry=home.telemetry(),
         )
 
     def start(self) -> None:

@@ -20,7 +20,9 @@ from fl_core.contracts.errors import EnvironmentFault, InputError
 from fl_core.contracts.names import DEFAULT_MQTT_PORT, DEFAULT_SERVER_PORT, checked_name
 from fl_core.identity import ca
 from fl_core.storage import atomic
+from fl_server.device_table import DATABASE_NAME
 from fl_server.registry import Registry
+from fl_server.telemetry import Telemetry
 
 SETTINGS_NAME = "server.toml"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -60,11 +62,20 @@ class MetricsSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TelemetrySettings:
+    """What is kept of what devices tell; the oldest goes first."""
+
+    max_per_device: int = number(10_000, low=1, high=10_000_000, help="records")
+    max_days: float = number(90.0, low=0.01, high=36_500.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerSettings:
     fleet: str = text("fieldfleet")
     listen: ListenSettings = field(default_factory=ListenSettings)
     mqtt: MqttSettings = field(default_factory=MqttSettings)
     metrics: MetricsSettings = field(default_factory=MetricsSettings)
+    telemetry: TelemetrySettings = field(default_factory=TelemetrySettings)
 
 
 class ServerHome:
@@ -121,6 +132,13 @@ class ServerHome:
 
     def registry(self) -> Registry:
         return Registry(self.path / "registry.db")
+
+    def telemetry(self) -> Telemetry:
+        """What devices told, with this home's limits."""
+        limits = self.settings.telemetry
+        return Telemetry(
+            self.path / DATABASE_NAME, max_per_device=limits.max_per_device, max_age_s=limits.max_days * 86_400.0
+        )
 
     def check(self) -> ca.CertificateFacts:
         """Raises EnvironmentFault (an expired certificate, with the command that renews it) or InputError."""

@@ -76,8 +76,8 @@ class SuperLink:
             home.state_file.chmod(0o600)
             self.registry = home.registry()
             self.directory = Directory(self.registry, self.store)
-            self.devices = DeviceTable(home.path / DATABASE_NAME)
-            self.telemetry = self.devices.telemetry
+            self.telemetry = home.telemetry()
+            self.devices = DeviceTable(home.path / DATABASE_NAME, self.telemetry)
         except BaseException:
             self._socket.close()
             raise

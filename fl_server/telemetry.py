@@ -32,8 +32,6 @@ CREATE TABLE IF NOT EXISTS telemetry_stores (
     PRIMARY KEY (device, store));
 CREATE TABLE IF NOT EXISTS telemetry_readers (name TEXT PRIMARY KEY, cursor INTEGER NOT NULL, changed REAL NOT NULL);
 """
-MAX_PER_DEVICE = 10_000
-MAX_AGE_S = 90 * 86_400.0
 MAX_STORES = 20  # of one device: it makes a new one when its disk was wiped
 PAGE = 500
 
@@ -62,7 +60,7 @@ class Taken:
 class Telemetry:
     """Thread-safe; other processes may read the same file at the same time."""
 
-    def __init__(self, path: Path, *, max_per_device: int = MAX_PER_DEVICE, max_age_s: float = MAX_AGE_S) -> None:
+    def __init__(self, path: Path, *, max_per_device: int = 10_000, max_age_s: float = 90 * 86_400.0) -> None:
         self._max_per_device, self._max_age = max_per_device, max_age_s
         self._lock = threading.RLock()
         self._db = database.connect(path, SCHEMA)

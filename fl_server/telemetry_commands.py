@@ -36,12 +36,10 @@ def add_telemetry_command(actions: Subparsers) -> None:
 
 
 def run_telemetry(args: argparse.Namespace) -> int:
-    from fl_server.device_table import DATABASE_NAME
     from fl_server.home import ServerHome
-    from fl_server.telemetry import Telemetry
 
     _check(args)
-    telemetry = Telemetry(ServerHome(args.home).path / DATABASE_NAME)
+    telemetry = ServerHome(args.home).telemetry()
     try:
         reader = telemetry.reader(args.reader) if args.reader else None
         since = reader.cursor if reader is not None else args.since or 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 from fl_clients.training import frames
@@ -14,11 +15,19 @@ from fl_core.storage import atomic
 log = logging.getLogger(__name__)
 
 
-class Outbox:
-    """One file a reply, named after the instruction it answers; written whole or not at all."""
+MAX_BYTES = 1 << 30
+MAX_AGE_S = 30 * 86_400.0  # no run waits that long for a reply
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Outbox:
+    """One file a reply, named after the instruction it answers; written whole or not at all.
+
+    Over ``max_bytes`` or ``max_age_s`` the oldest replies go, never the newest; ``dropped`` counts them since the start.
+    """
+
+    def __init__(self, folder: Path, *, max_bytes: int = MAX_BYTES, max_age_s: float = MAX_AGE_S) -> None:
+        self.folder, self._max_bytes, self._max_age = folder, max_bytes, max_age_s
+        self.dropped = 0
         folder.mkdir(parents=True, exist_ok=True)
         for stray in folder.glob(".*.tmp"):
             stray.unlink(missing_ok=True)
@@ -27,6 +36,7 @@ class Outbox:
         header = {"run_id": reply.run_id, "instruction_id": reply.instruction_id, "ids": list(reply.objects)}
         blobs = [reply.envelope, reply.tree, *reply.objects.values()]
         atomic.write_bytes(self._file(reply.instruction_id), frames.to_bytes(header, blobs), mode=0o600)
+        self._bound()
 
     def remove(self, instruction_id: str) -> None:
         self._file(instruction_id).unlink(missing_ok=True)
@@ -37,13 +47,27 @@ class Outbox:
     def waiting(self) -> list[WireReply]:
         """Oldest first; a file that cannot be read is dropped (the server will deliver its instruction again)."""
         replies = []
-        for file in sorted(self.folder.glob("*.reply"), key=lambda f: f.stat().st_mtime_ns):
+        for file in self._oldest_first():
             try:
                 replies.append(parse_reply(*frames.from_bytes(file.read_bytes(), origin=str(file)), origin=str(file)))
             except IntegrityError as error:
                 log.warning("dropped an unreadable reply: %s", error.message)
                 file.unlink(missing_ok=True)
         return replies
+
+    def _oldest_first(self) -> list[Path]:
+        return sorted(self.folder.glob("*.reply"), key=lambda f: f.stat().st_mtime_ns)
+
+    def _bound(self) -> None:
+        files = self._oldest_first()
+        size, oldest = sum(file.stat().st_size for file in files), time.time() - self._max_age
+        for file in files[:-1]:
+            facts = file.stat()
+            if size <= self._max_bytes and facts.st_mtime >= oldest:
+                break
+            log.warning("outbox: dropped the reply %s, over the limit of size or age", file.stem[:16])
+            file.unlink(missing_ok=True)
+            self.dropped, size = self.dropped + 1, size - facts.st_size
 
     def _file(self, instruction_id: str) -> Path:
         if not wire.is_object_id(instruction_id):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,23 @@ def test_outbox_drops_what_a_crash_left_behind(tmp_path: Path) -> None:
     (tmp_path / ".half.tmp").write_bytes(b"half")
     assert Outbox(tmp_path).waiting() == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_outbox_drops_the_oldest_replies_over_its_limits(tmp_path: Path) -> None:
+    box = Outbox(tmp_path)
+    for number in range(1, 4):
+        box.put(reply(number))
+    one = next(tmp_path.glob("*.reply")).stat().st_size
+    small = Outbox(tmp_path, max_bytes=2 * one)
+    small.put(reply(4))
+    assert [r.instruction_id[-1] for r in small.waiting()] == ["3", "4"]
+    assert small.dropped == 2
+    old = next(tmp_path.glob("*3.reply"))
+    os.utime(old, (0, 0))
+    Outbox(tmp_path).put(reply(5))
+    assert [r.instruction_id[-1] for r in Outbox(tmp_path).waiting()] == ["4", "5"]
+    Outbox(tmp_path, max_bytes=0).put(reply(6))
+    assert [r.instruction_id[-1] for r in Outbox(tmp_path).waiting()] == ["6"], "the newest always stays"
 
 
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "", "A" * 64, "é" * 64])
