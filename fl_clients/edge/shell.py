@@ -38,7 +38,7 @@ from fl_clients.edge.training import Training, worker_command
 from fl_clients.edge.updater import UpdateResult
 from fl_clients.edge.welcome import enter, enter_or_remember, stored_welcome
 from fl_clients.edge.work import Task, Work
-from fl_core.contracts.errors import InputError, RefusedError
+from fl_core.contracts.errors import InputError, IntegrityError, RefusedError
 from fl_core.identity.keys import load_private_key
 from fl_core.link import topics
 from fl_core.link.backoff import Backoff
@@ -390,7 +390,8 @@ class Agent:
     def _plan_retry(self) -> None:
         """An update that failed is not put off until the next regular check."""
         error = self.work.error_of(duties.UPDATE)
-        if error is None or isinstance(error, (NothingPublished, InputError)):
+        hopeless = isinstance(error, InputError) and not isinstance(error, IntegrityError)  # our own settings
+        if error is None or isinstance(error, NothingPublished) or hopeless:
             self._looked_at = time.monotonic()
             self._update_backoff.reset()
         else:
