@@ -49,14 +49,18 @@ def _disabled(home: AgentHome) -> str:
 
 def in_words(document: dict[str, Any]) -> str:
     agent = document["agent"] or {}
+    then = "" if document["running"] else " (when last heard)"
     rows = [
         ("home", document["home"]),
         ("agent", _agent_line(document, agent)),
         ("device", f"{document['name']} in fleet {document['fleet']}" if document["name"] else "not welcomed yet"),
         ("server", f"{agent.get('transport') or document['server']}{_contact(agent.get('contact'))}"),
-        ("broker", _broker(agent.get("broker"))),
+        ("broker", _broker(agent.get("broker")) + then),
         *(("model", line) for line in _models(document)),
-        ("training", _training(document, agent.get("training"))),
+        ("training", _training(document, agent.get("training")) + then),
+        ("condition", _pairs(agent.get("device"))),
+        *(("samples", f"{name}: {_pairs(counts)}") for name, counts in (agent.get("samples") or {}).items()),
+        ("clock", _pairs(agent.get("clock"))),
         ("waiting", f"{document['replies_waiting']} replies to the federation, {_outbox(agent.get('outbox'))}"),
         *(("failure", f"{kind}: {text}") for kind, text in (agent.get("failures") or {}).items()),
     ]
@@ -95,6 +99,14 @@ def _training(document: dict[str, Any], training: Any) -> str:
     if document["training_disabled"]:
         return f"disabled: {document['training_disabled']}"
     return str(training.get("state")) if isinstance(training, dict) else "-"
+
+
+def _pairs(table: Any) -> str:
+    """What is known of a table, on one line."""
+    if not isinstance(table, dict):
+        return "-"
+    known = {key: value for key, value in table.items() if value not in (None, "", [], {})}
+    return ", ".join(f"{key} {value}" for key, value in known.items()) or "-"
 
 
 def _outbox(outbox: Any) -> str:
