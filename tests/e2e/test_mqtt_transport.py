@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from tests.helpers import fieldfleet
 from tests.mqtt_helpers import MOSQUITTO
 
 NAMES = ("client-0000", "client-0001")
-ROUNDS = 3
+ROUNDS, KILLED_ROUNDS = 3, 40
 needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 
 
@@ -70,6 +71,35 @@ def test_a_device_without_https_takes_part_in_everything(tmp_path: Path, broker:
     assert not any(record["refused"] or record["late"] for record in history)
 
 
+@pytest.mark.slow
+@needs_mosquitto
+def test_a_killed_server_and_a_killed_broker_cost_no_round(tmp_path: Path) -> None:
+    (port, mqtt_port), home, out = free_ports(2), tmp_path / "server", tmp_path / "out"
+    raw = application(TOY).generate(application(TOY).configure(["data.clients=2"]), 0)
+    with Children(tmp_path / "logs") as children, Children(tmp_path / "first") as first:
+        children.run("init", ["server", "init", str(home), "--port", str(port), "--mqtt", f"127.0.0.1:{mqtt_port}"])
+        for name in NAMES:
+            raw.select([name]).write(tmp_path / "data" / name)  # type: ignore[attr-defined]
+            enrol(tmp_path, home, name, "auto")
+        run = ["server", "run", TOY, "--home", str(home), "--rounds", str(KILLED_ROUNDS), "--out", str(out), "--stay"]
+        run += ["--set", "algorithm.min_clients=2"]
+        with broker_of(home, tmp_path, mqtt_port, children):
+            server = first.start("server", run)
+            for name in NAMES:
+                data = str(tmp_path / "data" / name)
+                children.start(name, ["agent", "run", str(tmp_path / name), "--data", data, "--no-infer"])
+            children.until(lambda: (out / "history.jsonl").exists(), 120, "the first round")
+            assert not (out / "final").exists()
+            server.kill()
+            server.wait()
+        with broker_of(home, tmp_path, mqtt_port, children):  # which was ended, too
+            children.start("server", run)
+            children.until((out / "final").is_dir, 180, "the rest of the federation")
+    history = list(read_log(out / "history.jsonl"))
+    assert [record["round"] for record in history] == list(range(1, KILLED_ROUNDS + 1))
+    assert [sorted(record["clients"]) for record in history] == [list(NAMES)] * KILLED_ROUNDS
+
+
 def enrol(folder: Path, home: Path, name: str, protocol: str) -> None:
     agent = folder / name
     options = ["--transport", "mqtt", "--ca", home / "ca" / "ca.pem", "--application", TOY, "--name", name]
@@ -96,8 +126,8 @@ def federate(folder: Path, home: Path, children: Children) -> list[dict[str, Any
         children.start(name, ["agent", "run", str(folder / name), "--data", str(folder / "data" / name), "--no-infer"])
     children.until(lambda: (out / "final").is_dir(), 180, "the federation")
     for name in NAMES:
-        children.until(lambda agent=folder / name: model_of(agent) == 1, 90, f"the model of {name}")
-    return read_log(out / "history.jsonl")
+        children.until(functools.partial(model_of, folder / name), 90, f"the model of {name}")
+    return list(read_log(out / "history.jsonl"))
 
 
 def model_of(agent: Path) -> int | None:
