@@ -142,3 +142,10 @@ def devices(superlink: SuperLink, folder: Path, *names: str) -> Iterator[list[De
         for device in found:
             if device.process is not None:
                 device.stop(signal.SIGKILL)
+
+
+def server_run(home: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fieldfleet", "server", "run", "toy_regression", "--home", str(home)]
+    command += ["--rounds", "4", "--out", str(out), "--min-devices", "2", "--wait", "60", *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)

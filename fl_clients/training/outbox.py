@@ -22,12 +22,14 @@ MAX_AGE_S = 30 * 86_400.0  # no run waits that long for a reply
 class Outbox:
     """One file a reply, named after the instruction it answers; written whole or not at all.
 
+    A reply that cannot be written (a full disk) waits in memory: it is handed in, unless this process ends before.
     Over ``max_bytes`` or ``max_age_s`` the oldest replies go, never the newest; ``dropped`` counts them since the start.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int = MAX_BYTES, max_age_s: float = MAX_AGE_S) -> None:
         self.folder, self._max_bytes, self._max_age = folder, max_bytes, max_age_s
         self.dropped = 0
+        self._unwritten: dict[str, WireReply] = {}
         folder.mkdir(parents=True, exist_ok=True)
         for stray in folder.glob(".*.tmp"):
             stray.unlink(missing_ok=True)
@@ -35,14 +37,20 @@ class Outbox:
     def put(self, reply: WireReply) -> None:
         header = {"run_id": reply.run_id, "instruction_id": reply.instruction_id, "ids": list(reply.objects)}
         blobs = [reply.envelope, reply.tree, *reply.objects.values()]
-        atomic.write_bytes(self._file(reply.instruction_id), frames.to_bytes(header, blobs), mode=0o600)
+        file = self._file(reply.instruction_id)
+        try:
+            atomic.write_bytes(file, frames.to_bytes(header, blobs), mode=0o600)
+        except OSError as error:
+            log.warning("%s: not written, kept in memory until the server has it: %s", file, error)
+            self._unwritten[reply.instruction_id] = reply
         self._bound()
 
     def remove(self, instruction_id: str) -> None:
+        self._unwritten.pop(instruction_id, None)
         self._file(instruction_id).unlink(missing_ok=True)
 
     def depth(self) -> int:
-        return sum(1 for _ in self.folder.glob("*.reply"))
+        return len(self._unwritten) + sum(1 for _ in self.folder.glob("*.reply"))
 
     def waiting(self) -> list[WireReply]:
         """Oldest first; a file that cannot be read is dropped (the server will deliver its instruction again)."""
@@ -53,7 +61,7 @@ class Outbox:
             except IntegrityError as error:
                 log.warning("dropped an unreadable reply: %s", error.message)
                 file.unlink(missing_ok=True)
-        return replies
+        return [*replies, *self._unwritten.values()]
 
     def _oldest_first(self) -> list[Path]:
         return sorted(self.folder.glob("*.reply"), key=lambda f: f.stat().st_mtime_ns)

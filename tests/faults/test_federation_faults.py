@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,8 +19,8 @@ from fl_core.identity import ca, keys
 from fl_server.home import ServerHome
 from fl_server.link_grid import LinkGrid
 from fl_server.superlink import SuperLink
-from tests.federation import ARRAYS, DeviceProcess, devices, new_home, new_key, request, running
-from tests.helpers import ROOT, eventually
+from tests.federation import ARRAYS, DeviceProcess, devices, new_home, new_key, request, running, server_run
+from tests.helpers import eventually
 from tests.mqtt_helpers import free_port
 
 
@@ -221,13 +218,6 @@ def test_an_empty_store_is_filled_again(tmp_path: Path) -> None:
             assert values(collect(grid, begin(grid), 60)["van-1"])
     finally:
         device.stop()
-
-
-def server_run(home: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fieldfleet", "server", "run", "toy_regression", "--home", str(home)]
-    command += ["--rounds", "4", "--out", str(out), "--min-devices", "2", "--wait", "60", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
 
 def test_kill_9_of_the_server_in_mid_round_resumes_at_that_round(tmp_path: Path) -> None:
