@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from fl_core.contracts.errors import IntegrityError, RefusedError
+from fl_core.contracts.errors import EnvironmentFault, IntegrityError, RefusedError
 from fl_core.flower import wire
 from fl_core.flower.adapter import LinkStore
 from fl_core.flower.records import RecordReader
@@ -127,6 +127,9 @@ class Endpoint:
             return _refusal(413, "the request is too large")
         except ClientDisconnect:
             return Response(status_code=499)
+        except EnvironmentFault as fault:  # a full disk: devices keep their replies and come again
+            log.error("request refused: %s: %s", path, fault.message)
+            return _refusal(503, "the server cannot store anything now; try again")
         except Exception:
             log.exception("request failed: %s", path)
             return _refusal(503, "the server could not answer; try again")

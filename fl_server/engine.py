@@ -27,7 +27,7 @@ from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.config import to_table
-from fl_core.contracts.errors import IntegrityError, RefusedError
+from fl_core.contracts.errors import EnvironmentFault, IntegrityError, RefusedError
 from fl_core.contracts.manifests import CheckpointManifest
 from fl_core.flower.grid import StreamGrid
 from fl_core.flower.messages import Request
@@ -88,11 +88,18 @@ class RoundEngine:
             self.selector.note(record)
 
     def run(self) -> Path:
-        """All remaining rounds; returns the folder of the final checkpoint. Raises Interrupted when told to stop."""
+        """All remaining rounds; returns the folder of the final checkpoint.
+
+        Raises Interrupted when told to stop, EnvironmentFault on a full disk: both go on in the same round later.
+        """
         try:
             for number in range(self.done + 1, self.num_rounds + 1):
                 self._round(number)
             return self._finish()
+        except OSError as error:
+            if error.errno not in atomic.NO_SPACE:
+                raise
+            raise EnvironmentFault(f"{self.out}: {error.strerror}", remedy=atomic.NO_SPACE_REMEDY) from None
         finally:
             self.history.close()
 

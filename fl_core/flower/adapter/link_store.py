@@ -18,7 +18,7 @@ from flwr.common.serde import message_from_proto
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, no_object_id_recompute
 from flwr.supercore.run import Run
 
-from fl_core.contracts.errors import IntegrityError
+from fl_core.contracts.errors import EnvironmentFault, IntegrityError
 from fl_core.flower import wire
 from fl_core.flower.adapter.exchanges import Exchange, Exchanges, without
 from fl_core.flower.adapter.mailbox import Mailbox
@@ -26,6 +26,7 @@ from fl_core.flower.adapter.messages import assume_identity, children, inflate, 
 from fl_core.flower.adapter.objects import Objects
 from fl_core.flower.adapter.sql import Sql
 from fl_core.flower.wire import FleetRefused
+from fl_core.storage import atomic
 
 HEARTBEAT_SECONDS = 30.0
 
@@ -92,7 +93,7 @@ class LinkStore:
 
     def __init__(self, database: Path) -> None:
         self._m = _modules()
-        self._state = _open_state(database)
+        self._file, self._state = database, _open_state(database)
         self._store = self._state.object_store
         self._lock = threading.RLock()
         signed = self._m.utils.uint64_to_int64
@@ -416,9 +417,14 @@ class LinkStore:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Several calls as one transaction: all of them take effect, or none."""
-        with self._lock, self._state.session():
-            yield
+        """Several calls as one transaction: all of them take effect, or none. Raises EnvironmentFault on a full disk."""
+        try:
+            with self._lock, self._state.session():
+                yield
+        except self._m.sqlalchemy_errors.OperationalError as error:
+            if "disk is full" not in str(error.orig):
+                raise
+            raise EnvironmentFault(f"{self._file}: {error.orig}", remedy=atomic.NO_SPACE_REMEDY) from None
 
 
 class _NotStored(Exception):
