@@ -76,7 +76,7 @@ class LinkGrid(StreamGrid):
         with self._bell.condition:
             while True:
                 self._check(stop)
-                if found := message_ids & self._store.ready(self._run).keys():
+                if found := message_ids & self._store.ready(self._run).keys() | self._shut_out(message_ids):
                     return found
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -87,8 +87,14 @@ class LinkGrid(StreamGrid):
         if self._bell.closing or (stop is not None and stop.is_set()):
             raise Interrupted("the run was told to stop", remedy="start it again: it goes on in the same round")
 
+    def _shut_out(self, message_ids: set[str]) -> set[str]:
+        """Instructions to devices that were revoked meanwhile: no reply of theirs is taken, so nobody waits for it."""
+        names = self._directory.names()
+        return {i for i in message_ids if (node := self._asked.get(i)) is not None and node not in names}
+
     def by_arrival(self, message_ids: set[str]) -> list[str]:
-        return [i for i in self._store.ready(self._run) if i in message_ids]
+        arrived = [i for i in self._store.ready(self._run) if i in message_ids]
+        return [*arrived, *sorted(message_ids.difference(arrived))]
 
     def knows(self, name: str) -> bool:
         return self._directory.registered(name)

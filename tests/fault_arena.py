@@ -45,13 +45,16 @@ def weight(device: str, round: int) -> int:
     return len(device) + round
 
 
-def expected(start: Arrays, counted: Sequence[Sequence[str]]) -> Arrays:
-    """The model when in each round exactly these devices count, once each."""
+def expected(
+    start: Arrays, counted: Sequence[Sequence[str]], by_hand: Mapping[str, tuple[float, int]] | None = None
+) -> Arrays:
+    """The model when in each round exactly these devices count, once each. by_hand: device -> (step, weight)."""
     arrays = {name: array.astype(np.float64) for name, array in start.items()}
+    hand = by_hand or {}
     for number, names in enumerate(counted, 1):
         if names:
-            total = sum(weight(name, number) for name in names)
-            moved = sum(weight(name, number) * step(name, number) for name in names) / total
+            moves = [hand.get(name, (step(name, number), weight(name, number))) for name in names]
+            moved = sum(by * count for by, count in moves) / sum(count for _, count in moves)
             arrays = {name: array + moved for name, array in arrays.items()}
     return arrays
 
@@ -96,7 +99,8 @@ class Arena:
         )
 
     def begin(self, rounds: int, *overrides: str) -> None:
-        self.superlink.grid().wait_devices(len(self.devices), 60)
+        names = {device.name for device in self.devices}
+        eventually(lambda: names <= set(self.superlink.grid().device_names().values()), 60)
         engine = self.engine(rounds, f"algorithm.min_clients={len(self.devices)}", *overrides)
 
         def run() -> None:
@@ -140,13 +144,20 @@ class Arena:
 
     # what every fault has to leave true
 
-    def check_model(self, counted: Sequence[Sequence[str]] | None = None) -> None:
+    def check_model(
+        self,
+        counted: Sequence[Sequence[str]] | None = None,
+        by_hand: Mapping[str, tuple[float, int]] | None = None,
+    ) -> None:
         """Each round counted exactly these devices (default: all), once, and the weights say so too."""
         counted = counted if counted is not None else [[d.name for d in self.devices]] * len(self.records)
-        assert [sorted(record.clients) for record in self.records] == [sorted(names) for names in counted]
-        found = checkpoints.load(self.out).arrays
-        for name, array in expected(self.model, counted).items():
-            np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5)
+        found = [sorted(record.clients) for record in self.records]
+        assert found == [sorted(names) for names in counted], [
+            (list(r.clients), r.refused, r.late, r.skipped) for r in self.records
+        ]
+        arrays = checkpoints.load(self.out).arrays
+        for name, array in expected(self.model, counted, by_hand).items():
+            np.testing.assert_allclose(arrays[name], array, rtol=1e-5, atol=1e-5)
 
     def check_acknowledged(self) -> None:
         """What the server took from a device (it said so, and the device forgot its copy) is in the model."""

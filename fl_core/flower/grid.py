@@ -32,11 +32,12 @@ class StreamGrid(Grid):
     def wait_ready(self, message_ids: set[str], timeout: float, stop: threading.Event | None = None) -> set[str]:
         """Block until at least one of these instructions has a complete reply; the empty set after ``timeout`` seconds.
 
+        What will never have one, because its device was shut out, is returned too.
         Raises Interrupted when the server ends, or when ``stop`` is set and the grid was woken.
         """
 
     def by_arrival(self, message_ids: set[str]) -> list[str]:
-        """Those of these instructions that have a complete reply, in the order of the replies' arrival."""
+        """What ``wait_ready`` returned, in the order of the replies' arrival."""
         return sorted(message_ids)
 
     def knows(self, name: str) -> bool:
