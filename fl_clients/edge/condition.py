@@ -25,7 +25,8 @@ NOTE_EVERY_S = 30.0  # training time that a power cut may forget
 
 class Condition:
     """Thread-safe. probe() -> the state by the device's own means; skew(): the clock's error in seconds, if known;
-    data(): the applications' data; folder: where the day's training time is kept. clock, now: for tests.
+    data(): the applications' data; counted(application, number): of examples, by the training worker. folder: where the
+    day's training time is kept. clock, now: for tests.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class Condition:
         *,
         skew: Callable[[], float | None] = lambda: None,
         data: Callable[[], Mapping[str, DataState]] = dict,
+        counted: Callable[[str, int], None] = lambda application, number: None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime.datetime] = lambda: datetime.datetime.now().astimezone(),
     ) -> None:
         self.policy = policy
         self._probe, self._skew, self._data, self._clock, self._now = probe, skew, data, clock, now
+        self.counted = counted
         self._lock = threading.RLock()
         self._read: DeviceState | None = None
         self._read_at = 0.0
@@ -153,17 +156,6 @@ class TrainingDay:
             return str(table["day"]), max(0.0, float(table["seconds"]))
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return "", 0.0
-
-
-def of_samples(summaries: Mapping[str, Mapping[str, Any]], now: float) -> dict[str, DataState]:
-    """From the sample stores' summaries. now: seconds since 1970. Samples without a label do not train."""
-    return {
-        name: DataState(
-            num_examples=found["labelled"],
-            age_s=None if found["newest"] is None else max(0.0, now - found["newest"]),
-        )
-        for name, found in summaries.items()
-    }
 
 
 def matters(before: DeviceState, after: DeviceState) -> bool:

@@ -23,9 +23,10 @@ from typing import Any
 from fl_clients.connection import Welcome, open_transport, open_tunnel
 from fl_clients.edge import duties
 from fl_clients.edge.capabilities import capabilities
-from fl_clients.edge.condition import Condition, of_samples
+from fl_clients.edge.condition import Condition
 from fl_clients.edge.contact import ContactKeeper
 from fl_clients.edge.courier import Courier
+from fl_clients.edge.data_state import DataStates
 from fl_clients.edge.device_state import Probes
 from fl_clients.edge.duties import JobDesk, Schedule, reply_body
 from fl_clients.edge.field_link import FieldLink
@@ -92,12 +93,14 @@ class Agent:
             settings, train=options.train, infer=options.infer, serve=options.serve_port is not None
         )
         data = next(iter(options.data.values()), home.folder)
+        states = DataStates(options.data, home.folder / "data-state.json", lambda: self.samples.summaries())
         self.condition = Condition(
             settings.policy,
             Probes(settings.state, home.folder, data).read,
             home.folder,
             skew=lambda: self.connection.signer.clock_facts()["skew_s"],
-            data=lambda: of_samples(self.samples.summaries(), time.time()),
+            data=states,
+            counted=states.counted,
         )
         # A ring may have been missed while the connection was down: the fleet link then asks for itself.
         self.link = FieldLink(

@@ -77,6 +77,7 @@ class ClientRuntime:
         self.client, self.source, self.allowed, self.version = client, source, allowed, version
         self.learners = learners or Learners()
         self._data: tuple[str, ClientData] | None = None
+        self.counts: dict[str, int] = {}  # application -> training examples when its data were read last
 
     def handle(self, message: Message) -> Message:
         """Never raises for a bad request: the error goes back to the server as Flower's error reply."""
@@ -135,6 +136,7 @@ class ClientRuntime:
         if self._data is None or self._data[0] != key:
             examples = self.source(learner.application, learner.config)
             self._data = (key, client_data(examples, self.client, learner.config.data.validation_fraction, seed))
+            self.counts[learner.application.name] = len(self._data[1].train)
         return self._data[1]
 
 

@@ -36,6 +36,8 @@ class Permit(Protocol):
 
     def trained(self, seconds: float) -> None: ...
 
+    def counted(self, application: str, number: int) -> None: ...
+
 
 class Always:
     """No policy."""
@@ -47,6 +49,9 @@ class Always:
 
     def trained(self, seconds: float) -> None:
         """Nobody counts."""
+
+    def counted(self, application: str, number: int) -> None:
+        """Nobody asks."""
 
 
 class Supervision:
@@ -76,7 +81,10 @@ class Supervision:
                 self._heartbeat()
 
         try:
-            return self._worker.run(instruction, tick, tick_seconds=LOOK_S if self._watched else HEARTBEAT_S)
+            reply = self._worker.run(instruction, tick, tick_seconds=LOOK_S if self._watched else HEARTBEAT_S)
+            for application, number in self._worker.counts.items():
+                self._permit.counted(application, number)
+            return reply
         finally:
             watch.end()
 

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,8 +93,13 @@ def _pairs(places: Sequence[str]) -> dict[str, str]:
     return {name: place for name, _, place in (place.partition("=") for place in places)}
 
 
-def serve(handler: Handler, incoming: BinaryIO, outgoing: BinaryIO) -> None:
-    """Until the input ends. A request that fails is answered with Flower's error reply."""
+def serve(
+    handler: Handler, incoming: BinaryIO, outgoing: BinaryIO, counts: Callable[[], Mapping[str, int]] = dict
+) -> None:
+    """Until the input ends. A request that fails is answered with Flower's error reply.
+
+    counts(): application -> number of examples, told to the agent beside each reply.
+    """
     while True:
         frame = frames.read_frame(incoming, origin="agent")
         if frame is None:
@@ -104,7 +109,7 @@ def serve(handler: Handler, incoming: BinaryIO, outgoing: BinaryIO) -> None:
         blobs.clear()
         message = adapter.inflate(header["message_id"], objects, origin="request")
         envelope, tree, parts = adapter.deflate(_handled(handler, message))
-        frames.write_frame(outgoing, {"ids": list(parts)}, [envelope, tree, *parts.values()])
+        frames.write_frame(outgoing, {"ids": list(parts), "counts": dict(counts())}, [envelope, tree, *parts.values()])
 
 
 def _handled(handler: Handler, message: Message) -> Message:
@@ -155,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = device_sources(args.data, args.client, args.data_seed, args.name)
     allowed = frozenset(args.application) or None
     runtime = ClientRuntime(args.name, source, allowed=allowed, version=data_versions(args.data))
-    serve(runtime.handle, sys.stdin.buffer, outgoing)
+    serve(runtime.handle, sys.stdin.buffer, outgoing, lambda: runtime.counts)
     return 0
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fl_clients.edge.data_state import usable
 from fl_clients.training import frames
 from fl_clients.training.fleet import Instruction
 from fl_clients.training.outbox import parse_reply
@@ -49,6 +50,7 @@ class WorkerProcess:
         self, command: Sequence[str], *, idle_seconds: float = 300.0, limits: WorkerLimits | None = None
     ) -> None:
         self.command, self.idle_seconds, self.limits = list(command), idle_seconds, limits or WorkerLimits()
+        self.counts: dict[str, int] = {}  # application -> examples, as the worker told last
         self._process: Process | None = None
         self._last_used = time.monotonic()
 
@@ -81,6 +83,9 @@ class WorkerProcess:
             raise WorkerFailed(f"the worker process {self._ending(process)}: {error}") from None
         if frame is None:
             raise WorkerFailed(f"the worker process {self._ending(process)}")
+        told = frame[0].get("counts")
+        if isinstance(told, dict):
+            self.counts = {name: number for name, number in told.items() if usable(name, number)}
         header: dict[str, object] = {
             **frame[0],
             "run_id": instruction.run_id,

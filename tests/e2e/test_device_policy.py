@@ -67,6 +67,9 @@ def test_the_vehicles_battery_decides_who_is_asked_and_when_it_trains(tmp_path: 
             assert chosen(found, min_battery=0.8, tags=("camera",), min_free_storage=1) == {}
             assert "metered" in chosen(found, allow_metered=False)[NAME]
             assert trained(grid, 1)
+            eventually(lambda: found.device()["state"]["device"]["data"][TOY].get("num_examples", 0) > 0, 60)
+            assert found.device()["state"]["device"]["data"][TOY]["age_s"] < 3_600
+            assert "examples" in chosen(found, min_examples=10_000)[NAME]
             vehicle(found, battery_level=0.2, network="cellular")
             eventually(lambda: "battery 0.20" in chosen(found).get(NAME, ""), 60)
             assert "battery 0.20, 0.50 needed" in reply(grid, ask(grid, 2)).error.reason

@@ -39,6 +39,9 @@ class Switch:
     def trained(self, seconds: float) -> None:
         self.seconds += seconds
 
+    def counted(self, application: str, number: int) -> None:
+        raise AssertionError("this worker counts nothing")
+
     def forbid(self, reason: str = "not charging", lasts_s: float = 0.0) -> None:
         self.decision = Decision(reason, lasts_s)
 

@@ -18,7 +18,6 @@ from fl_clients.edge.condition import (
     Condition,
     TrainingDay,
     matters,
-    of_samples,
     rounded,
 )
 from fl_clients.edge.policy import BATTERY_MARGIN, TEMPERATURE_MARGIN, Decision, PolicySettings, decide, quiet_left
@@ -224,11 +223,6 @@ def test_a_bucket_refills() -> None:
     assert [bucket.take() for _ in range(2)] == [True, False]
     time[0] = 1e6
     assert [bucket.take() for _ in range(3)] == [True, True, False]
-
-
-def test_samples_are_what_the_server_hears_of_the_data() -> None:
-    found = of_samples({"toy": {"labelled": 3, "newest": 90.0}, "other": {"labelled": 0, "newest": None}}, 100.0)
-    assert found == {"toy": DataState(num_examples=3, age_s=10.0), "other": DataState(num_examples=0)}
 
 
 @given(st.floats(0, 1), st.floats(-50, 150))
