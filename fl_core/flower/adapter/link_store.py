@@ -98,9 +98,9 @@ class LinkStore:
         self._lock = threading.RLock()
         signed = self._m.utils.uint64_to_int64
         self._sql = Sql(self._state)
-        self._objects = Objects(self._sql, signed)
         with self.together():
-            self._exchanges, self._mailbox = Exchanges(self._sql, signed), Mailbox(self._sql)
+            self._objects, self._exchanges = Objects(self._sql, signed), Exchanges(self._sql, signed)
+            self._mailbox = Mailbox(self._sql)
         self._ready: dict[int, dict[str, str]] = {}  # by run, of what ``ready`` was asked for
         self._calls = self._fleet_calls()
 

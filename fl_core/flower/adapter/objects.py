@@ -22,12 +22,20 @@ _COUNT_EDGE = (
 _FREE = "SELECT object_id FROM objects WHERE ref_count=0 AND object_id IN (SELECT value FROM json_each(:ids))"
 _BATCH_BYTES = 1 << 20
 
+# Deleting an object makes SQLite look for what refers to it: without these, by reading both tables whole.
+_INDEXES = (
+    "CREATE INDEX IF NOT EXISTS fieldfleet_parents ON object_children (child_id)",
+    "CREATE INDEX IF NOT EXISTS fieldfleet_runs_of ON run_objects (object_id)",
+)
+
 
 class Objects:
     """Every method belongs inside a transaction of the state. ``signed``: flwr's map of run ids to SQLite integers."""
 
     def __init__(self, sql: Sql, signed: Any) -> None:
         self._sql, self._signed = sql, signed
+        for statement in _INDEXES:
+            sql(statement)
 
     def known(self, object_ids: Iterable[str]) -> set[str]:
         """Which of these objects are stored whole."""
