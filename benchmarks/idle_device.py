@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,7 @@ class Device:
 
     def __init__(self, folder: Path, index: int, case: Case, home: Path, port: int, mqtt_port: int) -> None:
         self.case, self.home, self._folder = case, home, folder
-        self.name, self.agent = f"device-{index}", folder / f"device-{index}"
+        self.name, self.agent, self.data = f"device-{index}", folder / f"device-{index}", folder / "data"
         self._https, self._mqtt = TcpProxy(port).start(), TcpProxy(mqtt_port).start()
         self._process: subprocess.Popen[bytes] | None = None
         self._before = self._restarted = 0
@@ -170,10 +170,29 @@ class Device:
             "run",
             str(self.agent),
             "--data",
-            str(self._folder / "data"),
+            str(self.data),
         ]
         with (self._folder / "logs" / f"{self.name}.log").open("ab") as log:
             self._process = subprocess.Popen([*command, *self.case.options], stdout=log, stderr=log)
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def ended(self) -> int | None:
+        """Its exit code, when it has ended."""
+        return None if self._process is None else self._process.poll()
+
+    def kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def each_proxy(self, do: Callable[[TcpProxy], None]) -> None:
+        for proxy in (self._https, self._mqtt):
+            do(proxy)
 
     def restart(self) -> None:
         self.stop_process()
