@@ -115,7 +115,7 @@ class OutboxSettings:
     max_mb: float = config.number(16.0, low=0.1, high=100_000.0, help="the oldest telemetry goes first")
     max_days: float = config.number(30.0, low=0.01, high=3_650.0, help="what is older is dropped, and counted")
     hold_s: float = config.number(
-        900.0, low=0.0, high=86_400.0, help="telemetry waits so long to be sent with more of it"
+        3_600.0, low=0.0, high=86_400.0, help="telemetry waits so long to be sent with more of it"
     )
 
     @property
@@ -375,7 +375,7 @@ keepalive_s = 120
 [outbox]  # what waits for the server on this device's disk
 max_mb = 16.0
 max_days = 30.0
-hold_s = 900.0  # telemetry waits so long to be sent with more of it
+hold_s = 3600.0  # telemetry waits so long to be sent with more of it
 
 [samples]  # data that come one by one, instead of the folder above
 enabled = false

@@ -79,6 +79,8 @@ def test_a_fleet_without_mqtt_updates_and_infers(tmp_path: Path) -> None:
             eventually(lambda: list(field.predictions.glob("*.csv")), 60)
             told = eventually(lambda: [d for d in field.superlink.devices.devices() if d["name"] == NAME], 60)
             assert TOY in told[0]["state"]["capabilities"]["applications"], "by a request"
+            (report,) = eventually(lambda: field.superlink.telemetry.read(device=NAME, kind="inference"), 60)
+            assert report.body["num_examples"] > 0, "by a request, too"
             process.terminate()
             assert process.wait(20) == 0
         store = DeviceStore(field.agent / "outbox.db")
