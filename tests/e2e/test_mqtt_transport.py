@@ -100,9 +100,33 @@ def test_a_killed_server_and_a_killed_broker_cost_no_round(tmp_path: Path) -> No
     assert [sorted(record["clients"]) for record in history] == [list(NAMES)] * KILLED_ROUNDS
 
 
+def test_what_is_wrong_with_an_account_is_said(tmp_path: Path) -> None:
+    home, agent = tmp_path / "server", tmp_path / "agent"
+    done(fieldfleet("server", "init", home, "--mqtt-port", "18883"))
+    unknown = fieldfleet("server", "account", "van-1", "--home", home)
+    assert (unknown.returncode, "van-1" in unknown.stderr) == (2, True)
+    done(fieldfleet("agent", "init", agent, "--transport", "mqtt", "--ca", home / "ca" / "ca.pem", "--name", "van-1"))
+    without = fieldfleet("agent", "run", agent, "--once")
+    assert without.returncode == 4, without.stderr
+    assert "no broker is known" in without.stderr
+    (tmp_path / "wrong.json").write_text("{}")
+    wrong = fieldfleet("agent", "account", agent, tmp_path / "wrong.json")
+    assert (wrong.returncode, "server account" in wrong.stderr) == (2, True)
+    assert not (agent / "keys" / "broker.json").exists()
+
+
 def enrol(folder: Path, home: Path, name: str, protocol: str) -> None:
     agent = folder / name
-    options = ["--transport", "mqtt", "--ca", home / "ca" / "ca.pem", "--application", TOY, "--name", name]
+    options: list[str | Path] = [
+        "--transport",
+        "mqtt",
+        "--ca",
+        home / "ca" / "ca.pem",
+        "--application",
+        TOY,
+        "--name",
+        name,
+    ]
     done(fieldfleet("agent", "init", agent, *options))
     done(fieldfleet("server", "register", agent / "keys" / "device.pub", "--name", name, "--home", home))
     account = folder / f"{name}.json"

@@ -54,10 +54,11 @@ class Line:
         self.sender, self.receiver = sender, receiver
         self.packets: list[bytes] = []
         self.opened: list[Stream] = []
+        self.silent = False  # the broker does not say that it has taken packets
 
     def pump(self, now: float, *, lost: bool = False) -> None:
         for number, packet in self.sender.outgoing(now):
-            if number is not None:
+            if number is not None and not self.silent:
                 self.sender.channel.taken(number, now, lost=lost)
             if not lost:
                 self.packets.append(packet)
@@ -162,6 +163,10 @@ class HostileBroker(RuleBasedStateMachine):
         line.sender.channel.link_up(self.now)
         self.step()
 
+    @rule(upwards=st.booleans(), silent=st.booleans())
+    def fall_silent(self, upwards: bool, silent: bool) -> None:
+        (self.up if upwards else self.down).silent = silent
+
     @rule(seconds=st.floats(0.01, 40.0))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -205,6 +210,7 @@ class HostileBroker(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """An honest broker again: everything arrives, each request once."""
+        self.up.silent = self.down.silent = False
         for stream, *_ in self.asked:
             self.device.streams.end(stream)
         for _ in range(4_000):
