@@ -374,6 +374,7 @@ class Agent:
     # what the work tells
 
     def done(self, task: Task, body: dict[str, Any]) -> None:
+        self._schedule.hasten(SETTLE, time.monotonic() + FIRST_SETTLE_S)
         if task.kind == duties.UPDATE:
             self._plan_retry()
         if task.job_id and not self.stop.is_set():  # else it stays open, and is run when it is sent again
