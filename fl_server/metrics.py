@@ -1,4 +1,5 @@
-"""What an operator's monitoring asks: /metrics in Prometheus' text format, /healthz (alive), /readyz (may take work).
+"""What an operator's monitoring asks: /metrics in Prometheus' text format, /healthz (alive), /readyz (may take work); and
+what the ``flwr`` commands list of runs and nodes.
 
 Format: https://prometheus.io/docs/instrumenting/exposition_formats/
 """
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fl_core.contracts.installed import package_version
+from fl_core.flower.adapter.stock import CONTROL_PATH
+from fl_core.flower.wire import FleetRefused
 from fl_core.identity.ca import certificate_facts
 from fl_core.runtime.machine import resident_bytes
 from fl_server.history import RoundRecord
@@ -26,6 +29,7 @@ log = logging.getLogger(__name__)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 BUCKETS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
 REQUEST_S = 10.0
+LIST_LIMIT = 4_096
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -115,6 +119,9 @@ class MetricsService:
         if self._field.bridge is not None and not self._field.bridge.session.connected:
             return "not connected to the MQTT broker"
         return self.healthy()
+
+    def listing(self, name: str, body: bytes) -> bytes | None:
+        return self._superlink.store.listing(name, body)
 
     def text(self) -> str:
         return "\n".join([*self._rounds.lines(), *self._state()]) + "\n"
@@ -213,8 +220,24 @@ def _handler(service: MetricsService) -> type[BaseHTTPRequestHandler]:
                 log.exception("metrics")
                 self._send(500, f"{type(error).__name__}\n")
 
-        def _send(self, status: int, text: str, kind: str = "text/plain; charset=utf-8") -> None:
-            body = text.encode()
+        def do_POST(self) -> None:
+            """What the ``flwr`` commands list, for operators on this machine; nothing can be changed here."""
+            length = self.headers.get("content-length", "0")
+            if not self.path.startswith(CONTROL_PATH) or not length.isdigit() or int(length) > LIST_LIMIT:
+                self._send(404, "not found\n")
+                return
+            try:
+                found = service.listing(self.path.removeprefix(CONTROL_PATH), self.rfile.read(int(length)))
+            except FleetRefused as refused:
+                self._send(refused.status, refused.reason)
+                return
+            if found is None:
+                self._send(403, "read only: use 'fieldfleet runs' and 'fieldfleet fleet'\n")
+            else:
+                self._send(200, found, "application/protobuf")
+
+        def _send(self, status: int, text: str | bytes, kind: str = "text/plain; charset=utf-8") -> None:
+            body = text.encode() if isinstance(text, str) else text
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))

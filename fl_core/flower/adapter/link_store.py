@@ -20,11 +20,13 @@ from flwr.supercore.run import Run
 
 from fl_core.contracts.errors import EnvironmentFault, IntegrityError
 from fl_core.flower import wire
+from fl_core.flower.adapter import stock
 from fl_core.flower.adapter.exchanges import Exchange, Exchanges, without
 from fl_core.flower.adapter.mailbox import Mailbox
 from fl_core.flower.adapter.messages import assume_identity, children, inflate, set_message_id, stamp
 from fl_core.flower.adapter.objects import Objects
 from fl_core.flower.adapter.sql import Sql
+from fl_core.flower.adapter.stock import store_bundle
 from fl_core.flower.wire import FleetRefused
 from fl_core.storage import atomic
 
@@ -48,6 +50,7 @@ class _Modules:
     message_pb2: Any
     heartbeat_pb2: Any
     run_pb2: Any
+    fab_pb2: Any
     errors: Any
     catalog: Any
     constant: Any
@@ -63,6 +66,7 @@ def _modules() -> _Modules:
         "message_pb2": "flwr.proto.message_pb2",
         "heartbeat_pb2": "flwr.proto.heartbeat_pb2",
         "run_pb2": "flwr.proto.run_pb2",
+        "fab_pb2": "flwr.proto.fab_pb2",
         "errors": "flwr.supercore.error",
         "catalog": "flwr.supercore.error.catalog",
         "constant": "flwr.common.constant",
@@ -163,9 +167,7 @@ class LinkStore:
             run = self._running(name)
             if run is None:
                 run_id = state.create_run(
-                    None,
-                    None,
-                    None,
+                    *store_bundle(state),
                     {},
                     core.NOOP_FEDERATION_ID,
                     None,
@@ -352,6 +354,17 @@ class LinkStore:
             rows = self._sql(query, {"r": self._m.utils.uint64_to_int64(run.run_id), "g": group})
         return {row["m"]: int(self._m.utils.int64_to_uint64(row["n"])) for row in rows}
 
+    def listing(self, name: str, body: bytes) -> bytes | None:
+        """Flower's Control API, as far as it lists: ``list-runs`` and ``list-nodes``; None for every other call."""
+        try:
+            with self.together():
+                return stock.listing(self._state, name, body)
+        except self._m.errors.FlowerError as error:
+            spec = self._m.catalog.API_ERROR_MAP[error.code]
+            raise FleetRefused(spec.http_status_code, spec.public_message) from None
+        except Exception as error:  # protobuf's DecodeError, whichever implementation is loaded
+            raise FleetRefused(400, f"not a readable {name} request: {type(error).__name__}") from None
+
     # Flower's Fleet API
 
     def fleet(self, name: str, body: bytes, node: int, public_pem: bytes) -> FleetAnswer:
@@ -393,7 +406,7 @@ class LinkStore:
         return request
 
     def _fleet_calls(self) -> dict[str, tuple[Any, Callable[[Any, Any], Any]]]:
-        """register-node, unregister-node and get-fab are left out: keys come from our registry, code is never sent."""
+        """register-node and unregister-node are left out: keys come from our registry. The bundle of get-fab has no code."""
         m, h = self._m, self._m.handlers
         return {
             "activate-node": (m.fleet_pb2.ActivateNodeRequest, h.activate_node),
@@ -402,6 +415,7 @@ class LinkStore:
             "pull-messages": (m.fleet_pb2.PullMessagesRequest, lambda r, s: h.pull_messages(r, s, s.object_store)),
             "push-messages": (m.fleet_pb2.PushMessagesRequest, h.push_messages),
             "get-run": (m.run_pb2.GetRunRequest, h.get_run),
+            "get-fab": (m.fab_pb2.GetFabRequest, h.get_fab),
             "push-object": (m.message_pb2.PushObjectRequest, h.push_object),
             "pull-object": (m.message_pb2.PullObjectRequest, h.pull_object),
             "confirm-message-received": (m.message_pb2.ConfirmMessageReceivedRequest, self._confirm),
