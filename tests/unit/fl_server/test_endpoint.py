@@ -82,7 +82,7 @@ def test_only_the_fleet_api_is_served(superlink: SuperLink, tmp_path: Path) -> N
     client = joined(superlink, tmp_path, "curious")
     for path in ("/v1/control/start-run", "/v1/control/register-node", "/v1/control/list-nodes", "/health"):
         assert post(client.connection, path) == 404
-    for name in ("register-node", "unregister-node", "get-fab", "../control/start-run"):
+    for name in ("register-node", "unregister-node", "../control/start-run"):
         assert post(client.connection, f"/v1/fleet/{name}") == 404
     assert client.connection.request("GET", "/docs", limit=1 << 20).status == 404
 
