@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,18 @@ from fl_core.contracts.device_state import DeviceState
 from fl_core.contracts.errors import IntegrityError
 from fl_core.flower import wire
 from fl_core.identity import keys
+from fl_core.learning.application import application
+from fl_core.learning.torch_arrays import get_arrays
 from fl_core.link.envelope import Envelope
-from fl_server.device_states import DeviceStates, parse_posted
+from fl_server.device_states import DeviceStates, fleet_selector, parse_posted
 from fl_server.device_table import DeviceTable
+from fl_server.engine import RoundEngine
+from fl_server.history import RoundRecord
 from fl_server.registry import Registry
+from fl_server.selection import Choice, StateSelector
 from fl_server.superlink import SuperLink
-from tests.federation import connect, new_home, new_key, running
+from tests.federation import connect, devices, new_home, new_key, running
+from tests.helpers import eventually
 
 
 @pytest.fixture
@@ -109,6 +116,63 @@ def test_the_operators_group_and_tags_come_first(tmp_path: Path) -> None:
     assert (found["van-2"].group, found["van-2"].tags) == ("own", ("camera",))
     table.close()
     registry.close()
+
+
+class Recorded:
+    """A selector whose choices the test can see."""
+
+    def __init__(self, inner: StateSelector) -> None:
+        self.inner, self.choices = inner, list[Choice]()
+
+    def choose(self, names: Sequence[str], count: int, *, round: int) -> Choice:
+        self.choices.append(self.inner.choose(names, count, round=round))
+        return self.choices[-1]
+
+    def note(self, record: RoundRecord) -> None:
+        self.inner.note(record)
+
+
+def test_a_round_waits_for_a_device_whose_state_changes(superlink: SuperLink, tmp_path: Path) -> None:
+    app = application("toy_regression")
+    config = app.configure(
+        [
+            "selection.min_battery=0.5",
+            "algorithm.min_clients=2",
+            "algorithm.evaluate_every=0",
+            "algorithm.deadline_s=90",
+        ]
+    )
+    with devices(superlink, tmp_path, "van-1", "van-2") as processes:
+        grid = superlink.grid()
+        grid.wait_devices(2, 60)
+        for name, level in (("van-1", 0.1), ("van-2", 0.9)):
+            superlink.devices.note_posted(name, {"device": {"battery_level": level}})
+        selector = Recorded(fleet_selector(config, app.name, superlink, 0))
+        engine = RoundEngine(
+            grid=grid,
+            application=app,
+            config=config,
+            start=None,
+            initial=get_arrays(app.build_model(config)),
+            num_rounds=2,
+            seed=0,
+            out=tmp_path / "out",
+            stage="federated",
+            selector=selector,
+        )
+        thread = threading.Thread(target=engine.run)
+        thread.start()
+        try:
+            eventually(lambda: selector.choices, 60)
+            assert "battery 0.10" in selector.choices[0].skipped["van-1"]
+            assert not processes[1].seen(), "one is too few"
+            charged = ServerConnection(superlink.url, superlink.home.ca_file, processes[0].key)
+            assert post(charged, b'{"device": {"battery_level": 0.1, "charging": true}}') == 204
+            charged.close()
+        finally:
+            thread.join(200)
+        assert not thread.is_alive()
+    assert [sorted(record.clients) for record in engine.history.records] == [["van-1", "van-2"]] * 2
 
 
 def test_a_posted_body_names_what_is_wrong() -> None:
