@@ -86,8 +86,9 @@ class Condition:
 
     def trained(self, seconds: float) -> None:
         """The worker was at work for so long."""
-        with self._lock:
-            self.day.add(self._now(), seconds)
+        if self.policy.max_train_s_per_day:
+            with self._lock:
+                self.day.add(self._now(), seconds)
 
     def close(self) -> None:
         with self._lock:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flwr.app import MessageType
 
 from fl_clients.edge.policy import Decision, PolicySettings
+from fl_clients.training.supervision import MARGIN_S
 from fl_clients.training.worker_process import WorkerLimits, WorkerProcess
 from fl_server.superlink import SuperLink
-from tests.federation import new_home, running
+from tests.federation import new_home, request, running
 from tests.helpers import ROOT, eventually
 from tests.unit.fl_clients.test_link import ask, check, failure, linked
 
@@ -81,6 +83,17 @@ def test_what_cannot_be_trained_in_time_is_refused_with_the_reason(
         assert not device.link.breaker.circuit.crashes
         permit.allow()
         check(grid, ask(grid, name), 60)
+
+
+def test_it_does_not_wait_longer_than_the_server(superlink: SuperLink, tmp_path: Path) -> None:
+    permit = Switch(wait_s=3_600.0)
+    permit.forbid()
+    with linked(superlink, tmp_path, "hurried", permit=permit):
+        grid = superlink.grid()
+        (node,) = (node for node, name in grid.device_names().items() if name == "hurried")
+        message = grid.create_message(request().to_record(), MessageType.TRAIN, node, "train-1", ttl=MARGIN_S + 1.0)
+        (asked,) = grid.push_messages([message])
+        assert "not charging" in failure(grid, asked)
 
 
 def test_training_is_paused_and_goes_on(superlink: SuperLink, tmp_path: Path) -> None:
