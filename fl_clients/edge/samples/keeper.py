@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 from fl_clients.edge.samples.index import Limits, SampleIndex, prepare
 from fl_clients.edge.settings import AgentHome, AgentSettings, SampleSettings
+from fl_core.contracts.errors import FieldfleetError
 from fl_core.link.backoff import Backoff
 
 LOG = logging.getLogger(__name__)
@@ -80,14 +82,17 @@ class SampleKeeper:
         return source
 
     def summaries(self) -> dict[str, dict[str, Any]]:
-        """Application -> see SampleIndex.summary."""
+        """Application -> see SampleIndex.summary; without one whose index cannot be read."""
         found = {}
         for inbox in self._inboxes:
-            index = SampleIndex(inbox.store)
             try:
-                found[inbox.application] = index.summary()
-            finally:
-                index.close()
+                index = SampleIndex(inbox.store)
+                try:
+                    found[inbox.application] = index.summary()
+                finally:
+                    index.close()
+            except (FieldfleetError, sqlite3.Error, OSError) as error:  # a damaged index must not silence the device
+                LOG.warning("samples of %s: %s", inbox.application, error)
         return found
 
     def _look(self, inbox: _Inbox) -> None:

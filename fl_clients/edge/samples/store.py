@@ -37,6 +37,7 @@ from fl_core.storage import atomic
 KEEP_SNAPSHOTS = 2
 STRAY_S = 3_600.0  # a content file without an entry is younger than that while it is being added
 MIN_FREE = 32 * 2**20
+QUARANTINE_SHARE = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +131,21 @@ class SampleStore:
         for old in self.index.quarantine(name, target, reason):
             if old:
                 (self.folder / "quarantine" / old).unlink(missing_ok=True)
+        self._bound_quarantine()
+
+    def _bound_quarantine(self) -> None:
+        """The oldest files go, over a tenth of the quota; what is noted of them stays."""
+        files = []
+        for path in (self.folder / "quarantine").iterdir():
+            with contextlib.suppress(OSError):
+                facts = path.lstat()
+                files.append((facts.st_ctime_ns, facts.st_size, path))
+        over = sum(size for _, size, _ in files) - self.limits.max_bytes // QUARANTINE_SHARE
+        for _, size, path in sorted(files):
+            if over <= 0:
+                break
+            path.unlink(missing_ok=True)
+            over -= size
 
     def expire(self) -> int:
         """Apply the limits; returns how many samples went."""

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from fl_clients.edge.samples.index import Limits
+from fl_clients.edge.samples.keeper import SampleKeeper
 from fl_clients.edge.samples.store import SampleStore, data_version, open_data
+from fl_clients.edge.settings import AgentHome, AgentSettings, DeviceSettings, SampleSettings, ServerSettings
 from fl_core.contracts.errors import DataError, EnvironmentFault, InputError
 from fl_core.learning.application import application
 from tests.helpers import ROOT, small_config
@@ -199,6 +201,33 @@ def test_a_sample_from_the_future_counts_as_of_now(tmp_path: Path) -> None:
     store.add("a", x(1), time.time() + 900 * DAY)
     assert store.index.entries(labelled=False)[0].time <= time.time()
     store.index.close()
+
+
+def test_quarantined_files_are_bounded_their_reasons_stay(tmp_path: Path) -> None:
+    store = toy_store(tmp_path, max_bytes=10_000)
+    for number in range(5):
+        file = tmp_path / f"bad-{number}.npz"
+        file.write_bytes(b"x" * 400)
+        store.quarantine(file.name, file, "damaged")
+        assert not file.exists()
+    assert sum(1 for _ in (tmp_path / "quarantine").iterdir()) == 2, "a tenth of the quota"
+    assert len(store.index.quarantined()) == store.summary()["quarantined"] == 5
+    store.index.close()
+
+
+def test_a_damaged_index_does_not_silence_the_agent(tmp_path: Path) -> None:
+    settings = AgentSettings(
+        server=ServerSettings(url="https://127.0.0.1:1"),
+        device=DeviceSettings(applications=("toy_regression",)),
+        samples=SampleSettings(enabled=True),
+    )
+    keeper = SampleKeeper(AgentHome(tmp_path), settings)
+    assert keeper.summaries()["toy_regression"]["samples"] == 0
+    index = tmp_path / "applications" / "toy_regression" / "samples" / "samples.db"
+    for name in ("samples.db-wal", "samples.db-shm"):
+        index.with_name(name).unlink(missing_ok=True)
+    index.write_bytes(b"damaged" * 1000)
+    assert keeper.summaries() == {}
 
 
 def test_an_index_that_is_no_database_is_named(tmp_path: Path) -> None:
