@@ -153,6 +153,10 @@ class MetricsService:
             "http_bytes_total", "counter", "Bodies of requests and answers.",
             [((("direction", "received"),), traffic.received), ((("direction", "sent"),), traffic.sent)],
         )  # fmt: skip
+        yield from family(
+            "tunnel_sessions", "gauge", "Tunnels through the broker.", [((), len(superlink.tunnel.sessions))]
+        )
+        yield from family("tunnel_handshakes_total", "counter", "Tunnels begun.", [((), superlink.tunnel.handshakes)])
         yield from family("process_resident_memory_bytes", "gauge", "Of this process.", [((), resident_bytes())])
         yield from family("store_bytes", "gauge", "Size on disk.", sorted(_sizes(superlink.home.path).items()))
         expires = certificate_facts(superlink.home.certificate).not_after.timestamp()

@@ -72,6 +72,7 @@ class TunnelServer:
         self._sweeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
+        self.handshakes = 0  # that were proved
         self._window, self._counted_at = WINDOW, float("-inf")
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -258,6 +259,7 @@ class TunnelServer:
         del self._pending[device]
         if (former := self.sessions.get(device)) is not None:
             former.close("the device began a new session")
+        self.handshakes += 1
         session = self.sessions[device] = Session(self, device, pem, pending.handshake.session, keys)
         session.end.channel.link_up(time.monotonic())  # its acknowledgement tells the device that all is well
         for early in pending.early:

@@ -29,6 +29,7 @@ from fl_core.identity import keys
 from fl_core.link import topics
 from fl_core.link.session import Message, Outgoing
 from fl_server.field import device_account
+from fl_server.metrics import MetricsService
 from fl_server.superlink import SuperLink
 from tests.federation import new_key, request
 from tests.helpers import eventually
@@ -90,8 +91,11 @@ def test_a_whole_exchange_through_the_broker(tmp_path: Path, broker: str, protoc
             arrays = {"weight": np.random.default_rng(0).normal(size=(1 << 20)).astype(np.float32)}
             assert client.receive(0) is None
             with_one_message(station.superlink, client, arrays)
-            assert device.tunnel.handshakes == 1
+            assert (device.tunnel.handshakes, station.superlink.tunnel.handshakes) == (1, 1)
             assert client.bulk
+            shown = MetricsService(station.superlink, station.field).text()
+            assert "tunnel_sessions 1" in shown
+            assert "tunnel_handshakes_total 1" in shown
     finally:
         station.stop()
 
