@@ -112,6 +112,9 @@ def print_table(name: str, *, quick: bool) -> None:
     for group in groups:
         for variant in cells[0]["variants"]:
             found = [c["variants"][variant][group] for c in cells if group in c["variants"][variant]]
+            if not found:  # every client of this group was trained on
+                print(f"  {group:28} {variant:14} none unseen")
+                continue
             metrics = found[0]["metrics"]
             values = {m: [f["metrics"][m] for f in found if m in f["metrics"]] for m in metrics}
             print(
