@@ -22,7 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from fl_core.contracts import checkpoint
 from fl_core.identity.keys import PrivateKey, public_pem
 from fl_core.identity.signature import HeaderSigner
 from fl_core.storage.log import read_log
+from fl_server.descriptors import raise_file_limit
 from fl_server.home import ServerHome
 
 APPLICATION = "toy_regression"
@@ -51,18 +53,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     devices = args.devices or (50 if args.quick else 1000)
     rounds = args.rounds or (3 if args.quick else 10)
-    raise_file_limit(4 * devices + 1024)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), devices, rounds)
     print(json.dumps(result) if args.json else table(result))
     return 0 if result["exact"] else 1
 
 
-def raise_file_limit(wanted: int) -> None:
+@contextmanager
+def usual_file_limit() -> Iterator[None]:
+    """What starts now begins with 1,024 descriptors, as on most systems: the server has to help itself."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def measure(folder: Path, devices: int, rounds: int) -> dict[str, Any]:
@@ -76,7 +81,9 @@ def measure(folder: Path, devices: int, rounds: int) -> dict[str, Any]:
         run += ["--min-devices", str(devices), "--wait", "600", "--set", "algorithm.evaluate_every=0"]
         run += ["--set", f"algorithm.min_clients={devices}"]
         began = time.monotonic()
-        server = children.start("server", run)
+        with usual_file_limit():
+            server = children.start("server", run)
+        raise_file_limit()
         log = folder / "logs" / "server.log"
         children.until(lambda: "listening" in log.read_text(), 120, "the server's start")
         starting = time.monotonic() - began

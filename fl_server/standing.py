@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from fl_server.control import ControlSocket
+from fl_server.descriptors import check_file_limit, raise_file_limit
 from fl_server.field import FieldService
 from fl_server.home import ServerHome
 from fl_server.metrics import MetricsService
@@ -37,8 +38,10 @@ class StandingServer:
         with self._stack:
             self._stack.enter_context(self.home.lock())
             services = self._stack.enter_context(Services())
+            limit = raise_file_limit()
             self.superlink = SuperLink(self.home)  # binds its port; nothing has started yet
             try:
+                check_file_limit(limit, len(self.superlink.directory.names()))
                 self.field = FieldService(
                     self.home, self.superlink.registry, tunnel=self.superlink.tunnel, on_event=self._heard
                 )
