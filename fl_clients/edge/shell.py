@@ -116,7 +116,7 @@ class Agent:
         self.courier = Courier(
             self.link.records, self.link, lambda: open_transport(home, settings, self.key, self.tunnel)
         )
-        self.samples = SampleKeeper(home, settings)
+        self.samples = SampleKeeper(home, settings, changed=self._new_samples)
         self.desk = JobDesk(self.link.finished)
         self.operator, self.status_file = OperatorSocket(home, self._serve_operator), StatusFile(home)
         self.keeper = ContactKeeper(
@@ -293,6 +293,10 @@ class Agent:
             step(*arguments)
         except Exception:  # a full disk under the outbox, say
             LOG.exception("agent: a step failed")
+
+    def _new_samples(self, application: str) -> None:
+        if self.options.infer and self.models.current(application) is not None:
+            self.work.put(Task(duties.INFER, application=application))
 
     def _link_changed(self) -> None:
         self.wake.set()

@@ -144,13 +144,16 @@ def test_3_inference_runs_on_all_samples(field: Field) -> None:
     with field.running("--no-train", data=False):
         report = eventually(lambda: field.device()["state"].get("inference"), 60)
         assert report["num_examples"] == 6
+        _, config = settings_of(TOY)
+        drop(inbox(field, TOY), "s9.npz", npz_bytes({"x": np.ones(config.data.features, np.float32)}))
+        eventually(lambda: field.device()["state"]["inference"]["num_examples"] == 7, 60)
 
 
 def test_4_an_operator_looks_into_the_store(field: Field) -> None:
     done = fieldfleet("agent", "data", field.agent, "status", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert (document[TOY]["samples"], document[TOY]["labelled"], document[TOY]["quarantined"]) == (6, 4, 1)
+    assert (document[TOY]["samples"], document[TOY]["labelled"], document[TOY]["quarantined"]) == (7, 4, 1)
     aside = fieldfleet("agent", "data", field.agent, "quarantine", "--application", TOY)
     assert "torn.npz: " in aside.stdout
     for wrong in (["add", field.work / "nowhere.npz"], ["label", "s1", "red"], ["status", "--application", "tetris"]):

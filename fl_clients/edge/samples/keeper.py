@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,23 +31,29 @@ class _Inbox:
     folder: Path
     process: subprocess.Popen[bytes] | None = None
     not_before: float = 0.0
+    added: int = 0
     last_run: float = field(default_factory=time.monotonic)
     backoff: Backoff = field(default_factory=lambda: Backoff(5.0, 600.0))
 
 
 class SampleKeeper:
-    """run() in a thread; ``summaries`` from any. Does nothing on a device without samples."""
+    """run() in a thread; ``summaries`` from any. changed(application): an intake ended that brought new samples. Does nothing on a device without samples."""
 
-    def __init__(self, home: AgentHome, settings: AgentSettings) -> None:
+    def __init__(
+        self, home: AgentHome, settings: AgentSettings, *, changed: Callable[[str], None] = lambda application: None
+    ) -> None:
+        self._changed = changed
         self._settings: SampleSettings = settings.samples
         self._home = home.folder
         self._inboxes: list[_Inbox] = []
         if settings.samples.enabled:
             limits = limits_of(settings.samples)
-            for name, (store, inbox) in places(home, settings).items():
+            for name, (store, folder) in places(home, settings).items():
                 prepare(store, limits)
-                inbox.mkdir(parents=True, exist_ok=True)
-                self._inboxes.append(_Inbox(name, store, inbox))
+                folder.mkdir(parents=True, exist_ok=True)
+                self._inboxes.append(_Inbox(name, store, folder))
+        for inbox in self._inboxes:
+            inbox.added = self.summaries().get(inbox.application, {}).get("added", 0)
 
     @property
     def inboxes(self) -> dict[str, Path]:
@@ -103,6 +109,7 @@ class SampleKeeper:
             inbox.process = None
             if process.returncode == 0:
                 inbox.backoff.reset()
+                self._tell(inbox)
             else:
                 LOG.warning("samples of %s: the intake ended with %d", inbox.application, process.returncode)
                 inbox.not_before = now + inbox.backoff.next()
@@ -116,6 +123,12 @@ class SampleKeeper:
         except OSError as error:
             LOG.warning("samples of %s: the intake could not be started: %s", inbox.application, error)
             inbox.not_before = now + inbox.backoff.next()
+
+    def _tell(self, inbox: _Inbox) -> None:
+        added = self.summaries().get(inbox.application, {}).get("added", inbox.added)
+        if added > inbox.added:
+            inbox.added = added
+            self._changed(inbox.application)
 
     def _end(self) -> None:
         running = [inbox.process for inbox in self._inboxes if inbox.process is not None]
