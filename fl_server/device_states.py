@@ -31,23 +31,32 @@ class DeviceStates:
 
     def __init__(self, table: DeviceTable, registry: Registry) -> None:
         self._table, self._registry = table, registry
+        self._known: dict[str, tuple[str, DeviceState]] = {}  # what was read of whom, and what it became
 
     def __call__(self) -> Mapping[str, DeviceState]:
-        rows = {row["name"]: row for row in self._table.devices()}
-        return {device.name: self._of(device, rows.get(device.name)) for device in self._registry.devices()}
+        found = {name: self._read(name, text, seen_at) for name, seen_at, text in self._table.said()}
+        return {device.name: _placed(device, found.get(device.name)) for device in self._registry.devices()}
 
-    @staticmethod
-    def _of(device: Device, row: Mapping[str, Any] | None) -> DeviceState:
-        state = DeviceState()
-        if row is not None:
+    def _read(self, name: str, text: str, seen_at: float) -> DeviceState:
+        known = self._known.get(name)
+        if known is None or known[0] != text:
             try:
-                state = read_state(row["state"], seen_at=row["last_seen"], origin=device.name)
+                state = read_state(json.loads(text), seen_at=seen_at, origin=name)
             except IntegrityError as error:
                 log.warning("selection: %s", error.message)
-                state = DeviceState(seen_at=row["last_seen"])
+                state = DeviceState()
+            known = self._known[name] = (text, state)
+        return dataclasses.replace(known[1], seen_at=seen_at)
+
+
+def _placed(device: Device, state: DeviceState | None) -> DeviceState:
+    """Where the operator has put it."""
+    state = state or DeviceState()
+    if device.group or device.tags:
         tags = (*device.tags, *(tag for tag in state.tags or () if tag not in device.tags))
         known = tags if device.tags or state.tags is not None else None
         return dataclasses.replace(state, group=device.group or state.group, tags=known)
+    return state
 
 
 def fleet_selector(config: Any, application: str, superlink: SuperLink, seed: int) -> StateSelector:

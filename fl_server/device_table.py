@@ -114,6 +114,12 @@ class DeviceTable:
             rows = self._db.execute("SELECT * FROM devices ORDER BY name").fetchall()
         return [_device(row) for row in rows]
 
+    def said(self) -> list[tuple[str, float, str]]:
+        """(name, last_seen, state as JSON) of every device, unread: most have said nothing new since the last look."""
+        with self._lock:
+            rows = self._db.execute("SELECT name, last_seen, state FROM devices").fetchall()
+        return [(row["name"], row["last_seen"], row["state"]) for row in rows]
+
     def reports(self, device: str, kind: str = "", *, limit: int = 100) -> list[dict[str, Any]]:
         """The newest first."""
         return self.telemetry.latest(device, kind, limit=limit)

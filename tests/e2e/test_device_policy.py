@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fl_core.contracts.sections import SelectionConfig
 from fl_server.device_states import DeviceStates
 from fl_server.selection import StateSelector
@@ -89,3 +91,17 @@ def test_without_mqtt_the_condition_is_posted(tmp_path: Path) -> None:
             assert TOY in state.applications
             vehicle(found, battery_level=0.8)
             eventually(lambda: states()[NAME].battery_level == 0.8, 60)
+
+
+@pytest.mark.slow
+def test_a_worker_over_its_memory_limit_leaves_the_agent_alive_and_is_reported(tmp_path: Path) -> None:
+    with field(tmp_path) as found:
+        settle(found, worker_memory_mb="64")  # too little for torch
+        with found.running("--no-infer") as process:
+            grid = found.superlink.grid()
+            grid.wait_devices(1, 60)
+            assert "worker" in reply(grid, ask(grid, 1)).error.reason
+            assert eventually(lambda: found.device()["state"]["training"]["crashes"] == 1, 60)
+            assert eventually(lambda: found.bridge.table.reports(NAME, "worker-failed"), 60)
+            assert process.poll() is None
+            assert found.ask("ping")["ok"]
