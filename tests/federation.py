@@ -144,8 +144,8 @@ def devices(superlink: SuperLink, folder: Path, *names: str) -> Iterator[list[De
                 device.stop(signal.SIGKILL)
 
 
-def server_run(home: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+def server_run(home: Path, out: Path, *more: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fieldfleet", "server", "run", "toy_regression", "--home", str(home)]
     command += ["--rounds", "4", "--out", str(out), "--min-devices", "2", "--wait", "60", *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)

@@ -66,7 +66,6 @@ class Mailbox:
         constant = importlib.import_module("flwr.supercore.constant")
         self._status = constant.NodeStatus
         self._patience = importlib.import_module("flwr.common.constant").HEARTBEAT_PATIENCE
-        self._tolerance = importlib.import_module("flwr.common.constant").MESSAGE_TTL_TOLERANCE
         for statement in _INDEXES:
             sql(statement)
 
@@ -168,17 +167,18 @@ class Mailbox:
     def answer(self, reply: Message) -> bool:
         """Store a reply's row; False for one that nobody waits for (any more)."""
         metadata = reply.metadata
-        if self._validate(message=reply, is_reply_message=True):
-            return False
         found = self._sql(_INSTRUCTION, {"m": metadata.reply_to_message_id})
         if not found:
             return False
         asked, expires = found[0], found[0]["created_at"] + found[0]["ttl"]
+        # Our clock decides: by the device's, a reply may be from the future, or from 1970.
+        metadata.created_at = time.time()
+        metadata.ttl = max(0.0, expires - metadata.created_at)
+        if self._validate(message=reply, is_reply_message=True):
+            return False
         if self._unsigned(asked["run_id"]) != metadata.run_id or expires <= time.time():
             return False
         if self._unsigned(asked["dst_node_id"]) != metadata.src_node_id:
-            return False
-        if metadata.ttl and metadata.ttl - (expires - metadata.created_at) > self._tolerance:
             return False
         known = self._sql(
             "SELECT message_id AS m FROM message_res WHERE reply_to_message_id=:i", {"i": metadata.reply_to_message_id}

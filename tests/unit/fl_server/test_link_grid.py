@@ -414,3 +414,22 @@ def test_stopping_ends_every_wait(tmp_path: Path) -> None:
 
         threading.Thread(target=engine, daemon=True).start()
     assert done.wait(5)
+
+
+@pytest.mark.parametrize("seconds", [86_400.0, -86_400.0, -1.7e9], ids=["tomorrow", "yesterday", "1970"])
+def test_a_reply_counts_whatever_its_device_s_clock_says(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """Flower stamps a reply with the clock of its device; a store that believed it dropped the reply without a word."""
+    grid, client = superlink.grid(), joined(superlink, tmp_path, "van-1")
+    asked = send(grid, client)
+    instruction = client.receive(10)
+    assert instruction is not None
+    reply = answer(instruction)
+    envelope = wire.message.Message.FromString(reply.envelope)
+    envelope.metadata.created_at += seconds
+    envelope.metadata.ttl -= seconds
+    client.push(
+        wire.WireReply(reply.run_id, reply.instruction_id, envelope.SerializeToString(), reply.tree, reply.objects)
+    )
+    assert grid.wait_ready({asked}, 10) == {asked}
