@@ -75,7 +75,10 @@ def test_every_command_has_help() -> None:
         assert (code, error) == (0, ""), words
         assert f"usage: fieldfleet {' '.join(words)} " in out
         if out.partition("\n")[0].endswith(" ..."):  # a family of commands
-            waiting += [[*words, action] for action in re.findall(r"^    ([a-z][a-z-]*)(?:  |$)", out, re.MULTILINE)]
+            before = re.findall(r" ([A-Z]+)(?= )", out.partition("\n")[0])[:-1]  # arguments that come before the action
+            waiting += [
+                [*words, *before, action] for action in re.findall(r"^    ([a-z][a-z-]*)(?:  |$)", out, re.MULTILINE)
+            ]
         else:
             assert "--json" in out, words
     assert {"apps", "pretrain", "simulate", "evaluate"} <= seen
