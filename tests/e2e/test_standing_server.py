@@ -54,6 +54,21 @@ def test_runs_side_by_side_and_after_each_other(tmp_path: Path) -> None:
         assert not server.home.control_socket.exists()
 
 
+def test_a_device_is_revoked_in_mid_round_and_the_run_goes_on_without_it(tmp_path: Path) -> None:
+    with standing(tmp_path) as server, server.devices("van-1", "van-2") as (one, two):
+        one.switch("hold", True)
+        options = ("--min-devices", "2", "--rounds", "2", "--set", "algorithm.min_clients=1")
+        server.run("runs", "start", "toy_regression", "--name", "a", *options, "--set", "algorithm.deadline_s=30")
+        until(lambda: one.seen() and two.seen())
+        server.run("fleet", "revoke", "van-1")
+        one.switch("hold", False)  # its reply comes after its revocation
+        assert server.run("runs", "wait", "a")["status"] == "finished"
+        history = server.run("runs", "show", "a")["history"]
+        assert [sorted(record["clients"]) for record in history] == [["van-2"], ["van-2"]]
+        assert "revoked" in one.wait_event("refused", 60)["reason"]
+        assert server.end() == 0
+
+
 def begun(server: Standing, rounds: int = 3) -> None:
     """A run whose second round waits for van-1."""
     server.run(*RUN, "--rounds", str(rounds), "--name", "a")
