@@ -55,14 +55,15 @@ class TcpProxy:
         self.port = 0
         self.connections: list[Connection] = []
         self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
         self._flowing = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="tcp-proxy", daemon=True)
 
     def start(self) -> TcpProxy:
         self._thread.start()
-        server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
-        self.port = int(server.sockets[0].getsockname()[1])
+        self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        self.port = int(self._server.sockets[0].getsockname()[1])
         return self
 
     def stop(self) -> None:
@@ -70,6 +71,7 @@ class TcpProxy:
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
 
     def reset(self) -> None:
         """Every connection ends with a TCP reset, now."""
@@ -93,10 +95,13 @@ class TcpProxy:
         return await asyncio.start_server(self._serve, "127.0.0.1", 0)
 
     async def _end(self) -> None:
+        if self._server is not None:
+            self._server.close()
         tasks = [t for t in asyncio.all_tasks() if t is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.05)  # the loop closes sockets on its next turns
 
     def _reset(self) -> None:
         for writer in self._writers:
