@@ -101,9 +101,8 @@ class LinkGrid(StreamGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Raises IntegrityError naming the device whose reply cannot be read."""
-        ready, names = self._store.ready(self._run), self._directory.names()
-        wanted = [i for i in message_ids if i in ready]
-        return [self._store.load(ready[i], origin=names.get(self._asked.get(i, 0), "reply")) for i in wanted]
+        ready, names = self._store.ready(self._run, message_ids), self._directory.names()
+        return [self._store.load(m, origin=names.get(self._asked.get(i, 0), "reply")) for i, m in ready.items()]
 
     def forget(self, message_ids: Iterable[str]) -> None:
         ids = [i for i in message_ids if i]

@@ -287,8 +287,8 @@ class LinkStore:
             if run_id in self._ready:
                 self._ready[run_id].setdefault(reply.metadata.reply_to_message_id, message_id)
 
-    def ready(self, run: Run) -> dict[str, str]:
-        """instruction id -> reply id, of replies whose objects are all there, in the order of their arrival.
+    def ready(self, run: Run, only: Iterable[str] | None = None) -> dict[str, str]:
+        """instruction id -> reply id, of replies whose objects are all there, in the order of their arrival (or of ``only``).
 
         Asked for once a reply: listed from the store only after something else than ``accept`` changed it, so that a
         round does not cost the square of its devices.
@@ -303,7 +303,8 @@ class LinkStore:
                 with self.together():
                     rows = self._sql(query, {"r": self._m.utils.uint64_to_int64(run.run_id)})
                 self._ready[run.run_id] = {row["i"]: row["m"] for row in rows}
-            return dict(self._ready[run.run_id])
+            found = self._ready[run.run_id]
+            return dict(found) if only is None else {i: found[i] for i in only if i in found}
 
     def upload_done(self, session_id: str) -> bool:
         """Whether nothing is awaited any more in a push session (flwr removes it with its last object)."""
