@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PLACES = (
@@ -9,6 +10,8 @@ PLACES = (
     "/usr/lib/faketime/libfaketimeMT.so.1",
     "/usr/local/lib/faketime/libfaketimeMT.so.1",
 )
+# libfaketime 0.9.10 breaks clock_nanosleep with an absolute time, which is what time.sleep calls.
+SLEEP = "import threading, time\ntime.sleep = lambda seconds: threading.Event().wait(seconds) and None\n"
 
 
 class Clock:
@@ -19,7 +22,11 @@ class Clock:
         assert found, "this test sets the clock of a process: apt-get install libfaketime"
         self._file = file
         self.set(0)
+        site = file.parent / "faketime-site"
+        site.mkdir(exist_ok=True)
+        (site / "sitecustomize.py").write_text(SLEEP)
         self.environment = {
+            "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             "LD_PRELOAD": str(found[0]),
             "FAKETIME_TIMESTAMP_FILE": str(file),
             "FAKETIME_NO_CACHE": "1",

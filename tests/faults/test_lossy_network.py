@@ -56,7 +56,7 @@ def test_a_bad_link_all_the_time(fault: Fault, tmp_path: Path, loss: float, dela
             field.begin(ROUNDS)
             field.finish(240)
         assert link.passed > 20
-        assert loss == 0 or link.lost > 5
+        assert loss == 0 or link.lost > 0
         link.loss = link.delay_s = 0.0
         well(field)
 
