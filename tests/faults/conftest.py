@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.pluginmanager.register(Matrix())  # hooks of this file see the tests of this folder only
 
 
 @pytest.fixture
@@ -34,16 +35,17 @@ def fault(request: pytest.FixtureRequest) -> Fault:
     return Fault(_row(request.node))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
-    report = yield
-    if _belongs(item) and (report.when == "call" or report.outcome != "passed"):
-        row = _row(item)
-        row.outcome = report.outcome
-        rows = item.config.stash[ROWS]
-        if row not in rows:
-            rows.append(row)
-    return report
+class Matrix:
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
+        report = yield
+        if _belongs(item) and (report.when == "call" or report.outcome != "passed"):
+            row = _row(item)
+            row.outcome = report.outcome
+            rows = item.config.stash[ROWS]
+            if row not in rows:
+                rows.append(row)
+        return report
 
 
 def _belongs(item: pytest.Item) -> bool:
