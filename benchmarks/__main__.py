@@ -11,10 +11,15 @@ import benchmarks
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", add_help=False)
     parser.add_argument("names", nargs="*", help="which ones (default: all)")
     parser.add_argument("--quick", action="store_true", help="the smallest useful run of each")
+    parser.add_argument("-h", "--help", action="store_true", help="this message, or that of the one benchmark named")
     args, options = parser.parse_known_args()
+    if args.help and len(args.names) != 1:
+        parser.print_help()
+        return 0
+    options += ["--help"] if args.help else []
     if options and len(args.names) != 1:
         parser.error(f"{' '.join(options)}: options of one benchmark need its name, and only that one")
     known = sorted(m.name for m in pkgutil.iter_modules(benchmarks.__path__) if not m.name.startswith("_"))
