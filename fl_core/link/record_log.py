@@ -161,12 +161,10 @@ class RecordLog:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+        try:
+            with database.transaction(self._db, self._lock):
                 yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                self._db.execute("ROLLBACK")
+        except BaseException:
+            with self._lock:
                 self._measure()
-                raise
+            raise

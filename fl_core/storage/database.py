@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def connect(path: Path, schema: str = "") -> sqlite3.Connection:
@@ -17,3 +20,16 @@ def connect(path: Path, schema: str = "") -> sqlite3.Connection:
     if schema:
         connection.executescript(schema)
     return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection, lock: AbstractContextManager[Any]) -> Iterator[None]:
+    """All statements of the block take effect, or none; ``lock`` keeps other threads of this process out."""
+    with lock:
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
