@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,29 @@ def test_replies_are_stored_as_flwr_stores_them(store: LinkStore, node: int) -> 
         assert store._mailbox.answer(reply), "the same again changes nothing"
     (ours,) = cleared(store, "message_res")
     assert store._state.store_message_res(reply) == reply.metadata.message_id
-    assert rows(store, "message_res") == [ours]
+    (theirs,) = rows(store, "message_res")
+    stamped = ("created_at", "ttl")  # by the server's clock, at each call
+    assert {k: v for k, v in ours.items() if k not in stamped} == {k: v for k, v in theirs.items() if k not in stamped}
+
+
+@pytest.mark.parametrize(("field", "value"), [("_ttl", 1e6), ("_ttl", 0.0), ("created_at", 0.0), ("created_at", 4e9)])
+def test_a_reply_lasts_as_long_as_its_instruction_whatever_it_says(
+    store: LinkStore, node: int, field: str, value: float
+) -> None:
+    reply = stored(reply_to(store, store.open_run("a"), node))
+    (asked,) = rows(store, "message_ins")
+    setattr(reply.metadata, field, value) if field == "created_at" else reply.metadata.__dict__.update({field: value})
+    began = time.time()
+    with store.together():
+        assert store._mailbox.answer(reply)
+    (row,) = rows(store, "message_res")
+    assert began <= row["created_at"] <= time.time()
+    assert row["created_at"] + row["ttl"] == pytest.approx(asked["created_at"] + asked["ttl"])
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    {"_run_id": 7, "_src_node_id": 7, "_reply_to_message_id": "f" * 64, "_dst_node_id": 7, "_ttl": 1e6}.items(),
+    {"_run_id": 7, "_src_node_id": 7, "_reply_to_message_id": "f" * 64, "_dst_node_id": 7}.items(),
 )
 def test_what_flwr_refuses_is_refused(store: LinkStore, node: int, field: str, value: Any) -> None:
     reply = stored(reply_to(store, store.open_run("a"), node))
