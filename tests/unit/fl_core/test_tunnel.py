@@ -224,7 +224,9 @@ class HostileBroker(RuleBasedStateMachine):
                     moved = True
             self.step()
             if not moved and not self.up.packets and not self.down.packets:
-                if all(stream.finished for stream, *_ in self.asked) and len(self.served) == len(self.asked):
+                arrived = not self.device.channel.in_flight and not self.server.channel.in_flight
+                answered_all = all(stream.finished for stream, *_ in self.asked) and len(self.served) == len(self.asked)
+                if arrived and answered_all:  # an answer may end before its request has arrived whole
                     break
                 self.now += 5.0
         for stream, written, received in self.asked:
