@@ -19,6 +19,7 @@ from fl_core.link.session import PACKET_LIMIT, MqttSession, Outgoing
 from tests.helpers import ROOT, eventually
 from tests.mqtt_helpers import (
     BROKERS,
+    MOSQUITTO,
     Mosquitto,
     address,
     device_topic,
@@ -50,8 +51,8 @@ def broker(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize(("kind", "protocol", "spoken"), PROTOCOLS)
 def test_birth_command_and_farewell(kind: str, protocol: str, spoken: str, tmp_path: Path) -> None:
-    if kind == "mosquitto":
-        pytest.importorskip("tests.mqtt_helpers").MOSQUITTO or pytest.skip("mosquitto is not installed")
+    if kind == "mosquitto" and MOSQUITTO is None:
+        pytest.skip("mosquitto is not installed")
     with (
         running_broker(kind, tmp_path / "broker") as broker,
         watcher(broker.port, changes={"protocol": protocol}) as server,
