@@ -1,20 +1,20 @@
-"""``fieldfleet simulate``."""
+"""One federation of one application: options, run and result."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fl_core.contracts import checkpoint as checkpoints
-from fl_core.contracts.cli import Subparsers, command, emit
+from fl_core.contracts.cli import emit
 from fl_core.contracts.progress import Progress
 from fl_core.learning.sources import data_option, open_data
+from simulations.commands import devices
 
 
-def add_commands(subparsers: Subparsers) -> None:
-    parser = command(subparsers, "simulate", run_simulate, help="run a federation on this machine")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("application", metavar="APP")
     parser.add_argument(
         "--from", dest="start", type=Path, metavar="CKPT", help="start from this checkpoint (default: a fresh model)"
@@ -24,25 +24,14 @@ def add_commands(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="run folder; an interrupted run is taken up"
     )
-    parser.add_argument(
-        "--device-states",
-        default="",
-        metavar="FILE",
-        help="what devices report over time, for [selection]: a trace (JSON lines, .csv) or 'generated'",
-    )
-    parser.add_argument(
-        "--round-seconds", type=positive, default=3600.0, metavar="S", help="time that a round takes in device states"
-    )
 
 
-def positive(text: str) -> float:
-    found = float(text)
-    if not 0 < found < math.inf:
-        raise ValueError
-    return found
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of ``simulate``, from every group of options that has some."""
+    return {**devices.settings(args)}
 
 
-def run_simulate(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from fl_server.federation import read_federation
     from fl_server.history import RoundRecord, check_applied
     from simulations.simulate import simulate
@@ -66,8 +55,7 @@ def run_simulate(args: argparse.Namespace) -> int:
             seed=args.seed,
             out=args.out,
             on_round=on_round,
-            device_states=args.device_states,
-            round_s=args.round_seconds,
+            **settings(args),
         )
     manifest = checkpoints.load(result.final).manifest
     document = {
