@@ -149,11 +149,41 @@ def is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class GradientTerms:
+    """What an algorithm adds to the gradient of each parameter w: ``proximal * (w - w_global) + correction``.
+
+    correction: one array for each trainable parameter, of its shape, in the order of the parameters; constant over
+    the whole local update; () = none. Fused and stacked local updates read this instead of calling into the algorithm.
+    """
+
+    proximal: float = 0.0
+    correction: tuple[npt.NDArray[Any], ...] = ()
+
+
 class ClientUpdate:
     """The client's half; the default leaves the local update as it is."""
 
+    def terms(self) -> GradientTerms | None:
+        """What is added to the gradients; None when only ``adjust_gradients`` knows, which the sequential path calls."""
+        own = type(self).adjust_gradients is not ClientUpdate.adjust_gradients
+        return None if own else GradientTerms()
+
     def adjust_gradients(self, parameters: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
-        """Called after ``backward``; ``reference`` are the global model's parameters, in the same order."""
+        """Called after ``backward``; ``reference`` are the global model's parameters, in the same order.
+
+        Adds what ``terms`` says. An algorithm whose terms are of another kind overrides this method.
+        """
+        terms = self.terms()
+        if terms is None or (not terms.proximal and not terms.correction):
+            return
+        for i, (parameter, origin) in enumerate(zip(parameters, reference, strict=True)):
+            if parameter.grad is None:
+                continue
+            if terms.proximal:
+                parameter.grad.add_(parameter.detach() - origin, alpha=terms.proximal)
+            if terms.correction:
+                parameter.grad.add_(parameter.new_tensor(terms.correction[i]))
 
 
 @dataclass(frozen=True)

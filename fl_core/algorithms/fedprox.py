@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from fl_core.algorithms.base import Algorithm, ClientUpdate, MeanAggregator
+from fl_core.algorithms.base import Algorithm, ClientUpdate, GradientTerms, MeanAggregator
 from fl_core.contracts.sections import AlgorithmConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class ProximalUpdate(ClientUpdate):
@@ -18,10 +12,8 @@ class ProximalUpdate(ClientUpdate):
     def __init__(self, mu: float) -> None:
         self.mu = mu
 
-    def adjust_gradients(self, parameters: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
-        for parameter, origin in zip(parameters, reference, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - origin, alpha=self.mu)
+    def terms(self) -> GradientTerms:
+        return GradientTerms(proximal=self.mu)
 
 
 def build(config: AlgorithmConfig) -> Algorithm:

@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fl_clients.training.client import ClientRuntime
 from fl_core.algorithms import build_algorithm
-from fl_core.algorithms.base import Aggregator, Update, cast_like
+from fl_core.algorithms.base import Aggregator, ClientUpdate, GradientTerms, Update, cast_like
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.config import to_table
 from fl_core.contracts.errors import InputError
@@ -85,6 +85,28 @@ def test_fedprox_adds_the_gradient_of_its_proximal_term() -> None:
     update.adjust_gradients([parameter, frozen], [torch.tensor([1.0, 1.0]), torch.tensor([0.0])])
     assert parameter.grad.tolist() == [0.25 + 0.5 * 2.0, 0.5 * -2.0]
     assert frozen.grad is None
+
+
+def test_terms_say_what_adjust_gradients_adds() -> None:
+    class Corrected(ClientUpdate):
+        def terms(self) -> GradientTerms:
+            return GradientTerms(proximal=2.0, correction=(np.array([1.0, -1.0]), np.array([9.0])))
+
+    parameter = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
+    frozen = torch.nn.Parameter(torch.tensor([1.0]))
+    parameter.grad = torch.tensor([0.25, 0.0])
+    Corrected().adjust_gradients([parameter, frozen], [torch.tensor([1.0, 1.0]), torch.tensor([0.0])])
+    assert parameter.grad.tolist() == [0.25 + 2 * 2.0 + 1.0, 2 * -2.0 - 1.0]
+    assert frozen.grad is None
+
+
+def test_an_algorithm_with_gradients_of_its_own_declares_no_terms() -> None:
+    class Own(ClientUpdate):
+        def adjust_gradients(self, parameters: Any, reference: Any) -> None:
+            raise NotImplementedError
+
+    assert Own().terms() is None
+    assert ClientUpdate().terms() == GradientTerms()
 
 
 def test_fedprox_local_update_equals_gradient_descent_on_its_objective() -> None:
