@@ -34,6 +34,7 @@ from fl_core.flower.messages import Request
 from fl_core.learning.application import Application
 from fl_core.learning.averaging import ModelAverage
 from fl_core.storage import atomic
+from fl_server.cohort import CohortGrid
 from fl_server.exchange import Plan, Talk
 from fl_server.history import History, RoundRecord, weighted_mean
 from fl_server.screening import read_reply
@@ -120,6 +121,9 @@ class RoundEngine:
 
     def _train(self, tally: Tally) -> dict[str, str]:
         """Count the round's replies; returns the instructions that were not answered in time, by device."""
+        if isinstance(self.grid, CohortGrid) and not self.settings.over_select:
+            self._train_cohort(self.grid, tally)
+            return {}
         record, plan = tally.record, self._plan(MessageType.TRAIN, tally.record.round)
         found = self.grid.recall(plan.group)
         nodes: Mapping[str, int] = found.nodes if found is not None else {}
@@ -143,6 +147,17 @@ class RoundEngine:
         self._warn(record)
         tally.count_stale(self.grid)
         return outcome.late
+
+    def _train_cohort(self, grid: CohortGrid, tally: Tally) -> None:
+        """Clients near by are never late, and their partial sums come back in place of their replies."""
+        record = tally.record
+        choice = self.selector.choose(grid.client_names(), self.settings.clients_per_round, round=record.round)
+        record.skipped = dict(choice.skipped)
+        if len(choice.chosen) < max(1, self.settings.min_clients):
+            record.failed = f"{len(choice.chosen)} devices may take part, {self.settings.min_clients} are needed"
+            return
+        tally.take(grid.train_cohort(self._request(record.round), choice.chosen, self.stop))
+        self._warn(record)
 
     def _chosen(self, record: RoundRecord) -> dict[str, int]:
         """Whom the selector asks, of the devices that are online; none when too few are there in time."""
@@ -213,6 +228,11 @@ class RoundEngine:
             log.warning("reply refused", extra={"facts": facts})
 
     def _evaluate(self, record: RoundRecord) -> None:
+        if isinstance(self.grid, CohortGrid) and not self.settings.over_select:
+            found = self.grid.evaluate_cohort(self._request(record.round), sorted(record.clients), self.stop)
+            record.client_evaluation.update(found.clients)
+            self._evaluated(record, found.num_examples)
+            return
         counts: dict[str, int] = {}
 
         def look(name: str, message: Message) -> int:
@@ -226,6 +246,9 @@ class RoundEngine:
         nodes = {name: node for node, name in self.grid.device_names().items() if name in record.clients}
         if talk.exchange is not None or nodes:  # devices that did not answer cost a deadline already
             talk.run(self._request(record.round).to_record, nodes)
+        self._evaluated(record, counts)
+
+    def _evaluated(self, record: RoundRecord, counts: dict[str, int]) -> None:
         record.client_evaluation = {k: record.client_evaluation[k] for k in sorted(record.client_evaluation)}
         record.evaluation = weighted_mean(record.client_evaluation, counts)
         if self.evaluate_global:

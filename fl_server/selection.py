@@ -201,7 +201,7 @@ def version_key(version: str) -> tuple[int, ...]:
 
 def select(names: Sequence[str], clients_per_round: int, *, seed: int, round: int) -> tuple[str, ...]:
     """Uniformly without replacement, by (seed, round) and the sorted names; 0 = everyone. Sorted."""
-    ordered = sorted(names)
+    ordered = names if getattr(names, "is_sorted", False) else sorted(names)
     if clients_per_round <= 0 or clients_per_round >= len(ordered):
         return tuple(ordered)
     chosen = seeding.generator(seed, "selection", round).choice(len(ordered), clients_per_round, replace=False)

@@ -14,6 +14,7 @@ from fl_core.contracts.errors import IntegrityError
 from fl_core.contracts.sections import AlgorithmConfig
 from fl_core.flower.grid import StreamGrid
 from fl_core.flower.messages import Reply
+from fl_server.cohort import CohortResult
 from fl_server.exchange import Talk
 from fl_server.history import RoundRecord
 from fl_server.screening import read_reply, screen_update
@@ -41,6 +42,13 @@ class Tally:
         self._add(name, reply, 1.0)
         self.record.clients[name], self.record.num_examples[name] = dict(reply.metrics), reply.num_examples
         return sum(a.nbytes for a in reply.arrays.values())
+
+    def take(self, result: CohortResult) -> None:
+        """What clients near by came to, all at once."""
+        if result.state is not None:
+            self.aggregator.merge(self.state, result.state)
+        self.record.clients, self.record.num_examples = result.clients, result.num_examples
+        self.record.refused = result.refused
 
     def _add(self, name: str, reply: Reply, factor: float) -> None:
         screen_update(reply, self.reference, name, max_norm=self.settings.max_update_norm)

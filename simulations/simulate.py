@@ -4,25 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fl_clients.training.client import ClientRuntime, Learners, evaluation
+from fl_clients.training.client import Learner, evaluation
+from fl_core.algorithms import build_algorithm
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
-from fl_core.contracts.config import to_table
 from fl_core.contracts.errors import DataError
 from fl_core.contracts.sections import SelectionConfig
 from fl_core.learning.application import Application
-from fl_core.learning.examples import Examples, RawData
+from fl_core.learning.examples import RawData
 from fl_core.learning.partition import split_clients
 from fl_core.learning.torch_arrays import get_arrays, set_arrays
 from fl_server.engine import RoundEngine
 from fl_server.history import RoundRecord
+from fl_server.selection import Selector, UniformSelector
 from simulations.device_states import ROUND_S, SimulatedSelector, open_states
-from simulations.grid import InProcessGrid
+from simulations.engine.conductor import Conductor
+from simulations.engine.grid import WorkerGrid
+from simulations.engine.names import AUTO
+from simulations.engine.population import ExamplesPopulation, Population
+from simulations.engine.processes import ProcessWorkers, usable_cores
+from simulations.engine.select import choose
+from simulations.engine.work import ClientWorker
+from simulations.engine.workers import InlineWorkers, MakeWorker, Workers
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,14 @@ def simulate(
     on_round: Callable[[RoundRecord], None] | None = None,
     device_states: str = "",
     round_s: float = ROUND_S,
+    workers: int = 0,
+    engine: str = AUTO,
 ) -> Simulation:
     """Federate over the clients of ``raw``; the held-out ones are only evaluated on.
 
     device_states: "generated" or a trace's file, for the [selection] of the configuration; a round takes ``round_s``
-    seconds of their time.
+    seconds of their time. workers: processes that train, one thread each (0 = one a core, 1 = this process).
+    engine: how local updates are done: "auto", or one of ``engine.select``.
 
     Raises DataError when no client is left to train.
     """
@@ -65,42 +77,52 @@ def simulate(
             f"{app.name}: {len(clients)} clients, {config.algorithm.min_clients} needed",
             remedy="lower algorithm.min_clients or add clients",
         )
-    learners = Learners()
-    by_client = examples.by_client()
-    runtimes = {name: ClientRuntime(name, _own(by_client[name]), learners=learners) for name in clients}
-    learner = learners.get(app.name, to_table(config))
+    learner = Learner(app, config, app.build_model(config), build_algorithm(config.algorithm))
     model = learner.model
     if start is not None:
         set_arrays(model, start.arrays, origin="the starting checkpoint")
-    held_examples = examples.of_clients(held)
+    initial, held_examples = get_arrays(model), examples.of_clients(held)
+    population = ExamplesPopulation(examples, clients)
+    del examples  # the population has its own, sorted
 
     def evaluate_global(arrays: Arrays) -> dict[str, float]:
         set_arrays(model, arrays, origin="global model")
         return evaluation(learner, held_examples)
 
-    engine = RoundEngine(
-        grid=InProcessGrid({name: runtime.handle for name, runtime in runtimes.items()}),
-        application=app,
-        config=config,
-        start=start,
-        initial=get_arrays(model),
-        num_rounds=num_rounds,
-        seed=seed,
-        out=out,
-        stage="simulation",
-        on_round=on_round,
-        evaluate_global=evaluate_global if len(held_examples) else None,
-        selector=SimulatedSelector(
-            getattr(config, "selection", None) or SelectionConfig(),
-            open_states(device_states, {name: len(by_client[name]) for name in clients}, seed),
+    selection = getattr(config, "selection", None) or SelectionConfig()
+    chosen = choose(engine, learner, population, seed=seed)
+    make = partial(ClientWorker, learner, population, chosen.build, seed=seed)
+    with start_workers(make, workers, len(population)) as pool:
+        rounds = RoundEngine(
+            grid=WorkerGrid(Conductor(pool, population, block=chosen.block), learner.algorithm.aggregator.merge),
+            application=app,
+            config=config,
+            start=start,
+            initial=initial,
+            num_rounds=num_rounds,
             seed=seed,
-            application=app.name,
-            round_s=round_s,
-        ),
-    )
-    final = engine.run()
-    return Simulation(final, engine.history.records, clients, held)
+            out=out,
+            stage="simulation",
+            on_round=on_round,
+            evaluate_global=evaluate_global if len(held_examples) else None,
+            selector=_selector(selection, device_states, population, seed, app.name, round_s),
+        )
+        final = rounds.run()
+    return Simulation(final, rounds.history.records, clients, held)
 
 
-def _own(examples: Examples) -> Callable[[Application, Any], Examples]:
-    return lambda application, config: examples
+def start_workers(make: MakeWorker, count: int, clients: int) -> Workers:
+    """count: as of ``simulate``; never more than there are clients."""
+    count = min(count or usable_cores(), clients)
+    return InlineWorkers(make) if count == 1 else ProcessWorkers(make, count)
+
+
+def _selector(
+    settings: SelectionConfig, device_states: str, population: Population, seed: int, application: str, round_s: float
+) -> Selector:
+    """Chance alone where nothing else is asked: the same choice, without a state for each device."""
+    if settings == SelectionConfig() and not device_states:
+        return UniformSelector(seed)
+    examples = {population.name(i): population.size(i) for i in range(len(population))}
+    source = open_states(device_states, examples, seed)
+    return SimulatedSelector(settings, source, seed=seed, application=application, round_s=round_s)

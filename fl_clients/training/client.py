@@ -89,39 +89,18 @@ class ClientRuntime:
                 reply = self.evaluate(request)
             else:
                 raise RefusedError(f"{self.client}: message type {message.metadata.message_type!r} is not served")
-        except FieldfleetError as error:
-            return Message(Error(CLIENT_ERROR, f"{self.client}: {error.message}"), reply_to=message)
         except Exception as error:  # an application's own code: the round goes on without this client
-            log.exception("client %s failed", self.client)
-            return Message(
-                Error(CLIENT_ERROR, f"{self.client}: {type(error).__name__}: {error}"[:500]), reply_to=message
-            )
+            return Message(Error(CLIENT_ERROR, failure(self.client, error)), reply_to=message)
         return Message(reply.to_record(), reply_to=message)
 
     def train(self, request: Request) -> Reply:
         learner = self._learner(request)
-        result = local_update(
-            learner.model,
-            learner.application,
-            learner.config,
-            self._own_data(learner, request.seed).train,
-            reference=request.arrays,
-            client_update=learner.algorithm.client_update,
-            client=self.client,
-            round=request.round,
-            num_rounds=request.num_rounds,
-            seed=request.seed,
-        )
-        return Reply(num_examples=result.num_examples, metrics={"loss": result.loss}, arrays=result.arrays)
+        return train_client(learner, self.client, self._own_data(learner, request.seed), request)
 
     def evaluate(self, request: Request) -> Reply:
         """The global model on this client's validation examples: loss and the application's metrics."""
         learner = self._learner(request)
-        set_arrays(learner.model, request.arrays, origin="global model")
-        held = self._own_data(learner, request.seed).validation
-        if len(held) == 0:
-            return Reply(num_examples=0, metrics={})
-        return Reply(num_examples=len(held), metrics=evaluation(learner, held))
+        return evaluate_client(learner, self._own_data(learner, request.seed), request)
 
     def _learner(self, request: Request) -> Learner:
         if self.allowed is not None and request.application not in self.allowed:
@@ -138,6 +117,39 @@ class ClientRuntime:
             self._data = (key, client_data(examples, self.client, learner.config.data.validation_fraction, seed))
             self.counts[learner.application.name] = len(self._data[1].train)
         return self._data[1]
+
+
+def train_client(learner: Learner, client: str, data: ClientData, request: Request) -> Reply:
+    """One local update of the request's model on this client's training examples."""
+    result = local_update(
+        learner.model,
+        learner.application,
+        learner.config,
+        data.train,
+        reference=request.arrays,
+        client_update=learner.algorithm.client_update,
+        client=client,
+        round=request.round,
+        num_rounds=request.num_rounds,
+        seed=request.seed,
+    )
+    return Reply(num_examples=result.num_examples, metrics={"loss": result.loss}, arrays=result.arrays)
+
+
+def evaluate_client(learner: Learner, data: ClientData, request: Request) -> Reply:
+    """The request's model on this client's validation examples."""
+    set_arrays(learner.model, request.arrays, origin="global model")
+    if len(data.validation) == 0:
+        return Reply(num_examples=0, metrics={})
+    return Reply(num_examples=len(data.validation), metrics=evaluation(learner, data.validation))
+
+
+def failure(client: str, error: Exception) -> str:
+    """Why this client has no reply, in one line; what is not ours goes to the log with its traceback."""
+    if isinstance(error, FieldfleetError):
+        return f"{client}: {error.message}"
+    log.error("client %s failed", client, exc_info=error)
+    return f"{client}: {type(error).__name__}: {error}"[:500]
 
 
 def evaluation(learner: Learner, examples: Examples) -> dict[str, float]:

@@ -57,6 +57,12 @@ class Aggregator(ABC):
     def add(self, state: State, update: Update) -> None:
         """Count one update; its arrays have the names, shapes and dtypes of the reference."""
 
+    def add_many(self, state: State, arrays: Arrays, weights: Sequence[float], extra: Sequence[Arrays] = ()) -> None:
+        """Count K updates at once; ``arrays``: (K, ...) of each name, ``extra``: of each update, or none."""
+        for i, weight in enumerate(weights):
+            one = {name: array[i] for name, array in arrays.items()}
+            self.add(state, Update(arrays=one, weight=weight, extra=extra[i] if extra else {}))
+
     @abstractmethod
     def merge(self, state: State, other: State) -> None:
         """Count all that ``other`` has counted."""
@@ -104,6 +110,19 @@ class MeanAggregator(Aggregator):
             add_scaled(state.sums[name], array, update.weight)
         state.weight += update.weight
         state.count += 1
+
+    def add_many(self, state: State, arrays: Arrays, weights: Sequence[float], extra: Sequence[Arrays] = ()) -> None:
+        """One product a name. The same sums as one after the other, up to the rounding of float64."""
+        if len(weights) == 1 or type(self).add is not MeanAggregator.add:
+            super().add_many(state, arrays, weights, extra)
+            return
+        factors = np.array(weights, np.float64)
+        for name, array in arrays.items():
+            total = factors @ array.reshape(len(factors), -1).astype(np.float64)
+            shaped = total.reshape(array.shape[1:])
+            state.sums[name] = state.sums[name] + shaped if name in state.sums else shaped
+        state.weight += float(factors.sum())
+        state.count += len(factors)
 
     def merge(self, state: State, other: State) -> None:
         for name, value in other.sums.items():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from fl_core.contracts.cli import Subparsers, command
-from simulations.commands import devices, federation
+from simulations.commands import devices, engine, federation
 
-OPTIONS = (federation, devices)
+OPTIONS = (federation, engine, devices)
 
 
 def add_commands(subparsers: Subparsers) -> None:

@@ -11,7 +11,7 @@ from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.cli import emit
 from fl_core.contracts.progress import Progress
 from fl_core.learning.sources import data_option, open_data
-from simulations.commands import devices
+from simulations.commands import devices, engine
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of ``simulate``, from every group of options that has some."""
-    return {**devices.settings(args)}
+    return {**engine.settings(args), **devices.settings(args)}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,30 +8,29 @@ from typing import Any
 
 import pytest
 
-from fl_clients.training.client import ClientRuntime
 from fl_core.contracts.errors import GoalMissed
-from fl_core.learning.application import Application
 from fl_core.learning.examples import Examples
 from fl_server.history import check_applied
-from simulations import simulate as simulation
+from simulations.engine.population import ExamplesPopulation
+from simulations.simulate import simulate
 from tests.helpers import small_config
 
 
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *failing: str) -> list[Any]:
     app, config = small_config("toy_regression")
 
-    class Faulty(ClientRuntime):
-        def __init__(self, client: str, source: Any, **options: Any) -> None:
-            def broken(application: Application, config: Any) -> Examples:
-                raise ZeroDivisionError("a defect in an application")
+    usual = ExamplesPopulation.examples
 
-            super().__init__(client, broken if client in failing else source, **options)
+    def examples(self: ExamplesPopulation, index: int) -> Examples:
+        if self.name(index) in failing:
+            raise ZeroDivisionError("a defect in an application")
+        return usual(self, index)
 
-    monkeypatch.setattr(simulation, "ClientRuntime", Faulty)
+    monkeypatch.setattr(ExamplesPopulation, "examples", examples)
     config = replace(config, data=replace(config.data, holdout_fraction=0.0))
     raw = app.generate(config, 0)
     out = tmp_path / "out"
-    return simulation.simulate(app, config, raw, start=None, num_rounds=2, seed=0, out=out).history
+    return simulate(app, config, raw, start=None, num_rounds=2, seed=0, out=out).history
 
 
 def test_one_failing_client_is_refused_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

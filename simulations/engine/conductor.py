@@ -1,0 +1,134 @@
+"""One exchange with many clients: units out to the workers, longest first, partial states in and summed in fixed order."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+
+from fl_core.algorithms.base import State
+from fl_core.contracts.errors import Interrupted
+from fl_core.flower.messages import Request
+from simulations.engine.placement import UNITS_PER_WORKER, TimeModel, Unit, blocks, cut
+from simulations.engine.population import Population
+from simulations.engine.summation import SumTree
+from simulations.engine.work import SUMS, ClientFact, Job, UnitResult
+from simulations.engine.workers import Lost, Workers
+
+POLL_SECONDS = 0.2
+AHEAD = 2  # units that a worker has at a time: the next one is there before it asks
+MAX_TRIES = 3
+
+
+class Conductor:
+    """Hands out units and takes results, over any Workers. block: clients in each leaf of the summation tree.
+
+    on_clients(n): called as clients are done.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        population: Population,
+        *,
+        block: int,
+        units_per_worker: int = UNITS_PER_WORKER,
+        on_clients: Callable[[int], None] | None = None,
+    ) -> None:
+        self._each = units_per_worker
+        self.workers, self.population, self.block = workers, population, block
+        self.times = TimeModel()
+        self.lost = 0
+        self._on_clients = on_clients
+        self._number = 0
+
+    def sums(
+        self,
+        request: Request,
+        clients: Sequence[int],
+        merge: Callable[[State, State], None],
+        stop: threading.Event | None = None,
+    ) -> tuple[State | None, list[ClientFact]]:
+        """The partial state of all these clients (in sorted order) and the facts of each."""
+        leaves = blocks(clients, self.block)
+        tree, facts = SumTree(len(leaves), merge), list[ClientFact]()
+        for result in self.results(SUMS, request, leaves, stop):
+            nothing = State(round=request.round, reference={})
+            tree.put(result.unit.level, result.unit.index, result.state or nothing)
+            facts += result.facts
+            for timing in result.timings:
+                self.times.learn(*timing)
+        return tree.root, facts
+
+    def results(
+        self, kind: str, request: Request, leaves: Sequence[tuple[int, ...]], stop: threading.Event | None
+    ) -> Iterator[UnitResult]:
+        """Each unit's result once, in any order. Raises Interrupted; the workers are closed then."""
+        self._number += 1
+        self.workers.broadcast(Job(self._number, kind, request))
+        waiting = deque(cut(leaves, [self._predicted(leaf) for leaf in leaves], self.workers.count, self._each))
+        held: dict[int, list[Unit]] = {worker: [] for worker in range(self.workers.count)}
+        tries: dict[tuple[int, int], int] = {}
+        self._hand_out(waiting, held)
+        while any(held.values()):
+            if stop is not None and stop.is_set():
+                self.workers.close()
+                raise Interrupted("the simulation was told to stop")
+            for event in self.workers.events(POLL_SECONDS):
+                if isinstance(event, Lost):
+                    yield from self._lost(event, held, waiting, tries)
+                    continue
+                result = event.result
+                if result.job != self._number:
+                    continue
+                held[event.worker] = [u for u in held[event.worker] if _key(u) != _key(result.unit)]
+                self._hand_out(waiting, held)
+                if self._on_clients is not None:
+                    self._on_clients(result.unit.clients)
+                yield result
+            self._hand_out(waiting, held)
+
+    def _hand_out(self, waiting: deque[Unit], held: dict[int, list[Unit]]) -> None:
+        """The longest unit that is left to whoever has least to do."""
+        while waiting:
+            worker = min(held, key=lambda w: len(held[w]))
+            if len(held[worker]) >= AHEAD:
+                return
+            unit = waiting.popleft()
+            held[worker].append(unit)
+            self.workers.submit(worker, unit)
+
+    def _lost(
+        self, event: Lost, held: dict[int, list[Unit]], waiting: deque[Unit], tries: dict[tuple[int, int], int]
+    ) -> Iterator[UnitResult]:
+        """Its units go out again. One that costs a second worker is split into its leaves, so that in the end only the
+        leaf that kills every worker is given up, with its clients refused.
+        """
+        self.lost += 1
+        units, held[event.worker] = held[event.worker], []
+        for unit in reversed(units):
+            key, running = _key(unit), unit is units[0]
+            tries[key] = tries.get(key, 0) + running
+            if tries[key] < MAX_TRIES - 1 or (tries[key] < MAX_TRIES and unit.level == 0):
+                waiting.appendleft(unit)
+                continue
+            if unit.level:
+                first = unit.index << unit.level
+                parts = [Unit(0, first + i, (leaf,)) for i, leaf in enumerate(unit.leaves)]
+                tries.update({_key(part): 1 for part in parts})
+                waiting.extendleft(reversed(parts))
+                continue
+            reason = f"the worker that trained it died {MAX_TRIES} times: {event.reason}"
+            facts = [
+                ClientFact(client, refused=f"{self.population.name(client)}: {reason}")
+                for leaf in unit.leaves
+                for client in leaf
+            ]
+            yield UnitResult(self._number, unit, facts)
+
+    def _predicted(self, leaf: tuple[int, ...]) -> float:
+        return self.times.predict(len(leaf), sum(self.population.size(client) for client in leaf))
+
+
+def _key(unit: Unit) -> tuple[int, int]:
+    return unit.level, unit.index

@@ -1,0 +1,167 @@
+"""A Flower Grid over workers: the round engine gets partial sums from it, any Flower strategy whole replies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from flwr.app import Error, Message, MessageType
+
+from fl_clients.training.client import CLIENT_ERROR
+from fl_core.algorithms.base import State
+from fl_core.contracts.errors import Interrupted
+from fl_core.flower import adapter
+from fl_core.flower.messages import Reply, Request
+from fl_server.cohort import CohortGrid, CohortResult
+from simulations.engine.conductor import Conductor
+from simulations.engine.placement import blocks
+from simulations.engine.population import Names
+from simulations.engine.work import EVALUATION, REPLIES, ClientFact
+from simulations.grid import FIRST_NODE, SERVER_NODE
+
+Merge = Callable[[State, State], None]
+BATCH = 4  # messages a worker that are answered together: so many whole replies are in memory at a time
+
+
+class NodeNames(Mapping[int, str]):
+    """node id -> name of every client, without a table of them in memory."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    def __getitem__(self, node: int) -> str:
+        if not 0 <= node - FIRST_NODE < len(self._names):
+            raise KeyError(node)
+        return self._names[node - FIRST_NODE]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(FIRST_NODE, FIRST_NODE + len(self._names)))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class WorkerGrid(CohortGrid):
+    """The clients of a population, trained by workers.
+
+    merge: of the aggregator whose partial states the workers make. ``adapter.assume_identity`` is process-wide: one
+    grid at a time creates messages.
+    """
+
+    def __init__(self, conductor: Conductor, merge: Merge) -> None:
+        self._conductor, self._merge = conductor, merge
+        self._names = Names(conductor.population)
+        self._run = adapter.empty_run(1)
+        self._sent: dict[str, Message] = {}
+        self._replies: dict[str, Message] = {}
+        self._count = 0
+        adapter.assume_identity(run_id=1, task_id=1, node_id=SERVER_NODE)
+
+    # a round's clients together
+
+    def client_names(self) -> Names:
+        return self._names
+
+    def train_cohort(self, request: Request, names: Sequence[str], stop: threading.Event | None) -> CohortResult:
+        state, facts = self._conductor.sums(request, self._numbers(names), self._merge, stop)
+        return self._result(state, facts)
+
+    def evaluate_cohort(self, request: Request, names: Sequence[str], stop: threading.Event | None) -> CohortResult:
+        leaves = blocks(self._numbers(names), self._conductor.block)
+        facts = [f for r in self._conductor.results(EVALUATION, request, leaves, stop) for f in r.facts]
+        return self._result(None, [f for f in facts if f.num_examples or f.refused])
+
+    def _numbers(self, names: Sequence[str]) -> list[int]:
+        return [self._conductor.population.find(name) for name in names]
+
+    def _result(self, state: State | None, facts: list[ClientFact]) -> CohortResult:
+        result = CohortResult(state)
+        for fact in sorted(facts, key=lambda f: f.client):
+            name = self._names[fact.client]
+            if fact.refused:
+                result.refused[name] = fact.refused
+            else:
+                result.clients[name], result.num_examples[name] = fact.metrics, fact.num_examples
+        return result
+
+    # Flower's Grid: message by message
+
+    def set_run(self, run: adapter.Run) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> adapter.Run:
+        return self._run
+
+    def get_node_ids(self) -> Iterable[int]:
+        return range(FIRST_NODE, FIRST_NODE + len(self._names))
+
+    def device_names(self) -> Mapping[int, str]:
+        return NodeNames(self._names)
+
+    def knows(self, name: str) -> bool:
+        return name in self._names
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            self._count += 1
+            message_id = f"message-{self._count}"
+            adapter.set_message_id(message, message_id)
+            self._sent[message_id] = message
+            ids.append(message_id)
+        return ids
+
+    def wait_ready(self, message_ids: set[str], timeout: float, stop: threading.Event | None = None) -> set[str]:
+        """Answers the next few of these messages that ask for the same; a client of this machine is never late."""
+        if stop is not None and stop.is_set():
+            raise Interrupted("the simulation was told to stop")
+        ready = message_ids & self._replies.keys()
+        if ready:
+            return ready
+        batch: dict[str, Message] = {}
+        for message_id, message in self._sent.items():
+            if message_id not in message_ids:
+                continue
+            first = next(iter(batch.values()), message)
+            if message.content is not first.content or message.metadata.message_type != first.metadata.message_type:
+                break
+            batch[message_id] = message
+            if len(batch) == BATCH * self._conductor.workers.count:
+                break
+        for message_id in batch:
+            del self._sent[message_id]
+        self._replies.update(self._answers(batch, stop))
+        return set(batch)
+
+    def _answers(self, batch: Mapping[str, Message], stop: threading.Event | None) -> dict[str, Message]:
+        if not batch:
+            return {}
+        first = next(iter(batch.values()))
+        request = Request.from_record(first.content, origin="the server")
+        kind = EVALUATION if first.metadata.message_type == MessageType.EVALUATE else REPLIES
+        asked = {m.metadata.dst_node_id - FIRST_NODE: i for i, m in batch.items()}
+        answers: dict[str, Message] = {}
+        for result in self._conductor.results(kind, request, [(client,) for client in asked], stop):
+            for client, reply in result.replies.items():
+                answers[asked[client]] = Message(reply.to_record(), reply_to=batch[asked[client]])
+            for fact in result.facts:
+                message = batch[asked[fact.client]]
+                if fact.refused:
+                    answers[asked[fact.client]] = Message(Error(CLIENT_ERROR, fact.refused), reply_to=message)
+                else:
+                    found = Reply(num_examples=fact.num_examples, metrics=fact.metrics)
+                    answers[asked[fact.client]] = Message(found.to_record(), reply_to=message)
+        return answers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
+
+    def recall(self, group: str) -> adapter.Exchange | None:
+        """Replies are dropped as soon as they are read, so that memory stays flat: an interrupted round is done again."""
+        return None
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        for message_id in message_ids:
+            self._sent.pop(message_id, None)
+            self._replies.pop(message_id, None)

@@ -1,0 +1,213 @@
+"""What a worker does: it holds one model, keeps its clients' data, and turns units of clients into partial states."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from fl_clients.training.client import Learner, evaluate_client, failure, train_client
+from fl_core.algorithms.base import State
+from fl_core.contracts.arrays import Arrays
+from fl_core.contracts.errors import IntegrityError
+from fl_core.flower.messages import Reply, Request
+from fl_core.learning.examples import ClientData
+from fl_core.learning.partition import client_data
+from fl_server.screening import screen_update
+from simulations.engine.paths import Path, Results, Task
+from simulations.engine.placement import Unit
+from simulations.engine.population import Population
+from simulations.engine.summation import SumTree
+
+CACHE_BYTES = 512 << 20  # of clients' examples that a worker keeps from round to round
+SUMS, REPLIES, EVALUATION = "sums", "replies", "evaluation"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all units of one exchange have in common. kind: SUMS, REPLIES (whole updates) or EVALUATION."""
+
+    number: int
+    kind: str
+    request: Request
+
+
+@dataclass(frozen=True)
+class ClientFact:
+    """Of one client: its examples and metrics, or why it does not count."""
+
+    client: int
+    num_examples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    refused: str = ""
+
+
+@dataclass
+class UnitResult:
+    """state: with SUMS; replies: client -> whole reply, with REPLIES; timings: (clients, examples, seconds) of each leaf."""
+
+    job: int
+    unit: Unit
+    facts: list[ClientFact]
+    state: State | None = None
+    replies: dict[int, Reply] = field(default_factory=dict)
+    timings: list[tuple[int, int, float]] = field(default_factory=list)
+
+
+class ClientWorker:
+    """Runs in a process of its own, on a node of a cluster, or right here; one unit at a time.
+
+    train: builds the way of doing local updates; None = sequentially.
+    """
+
+    def __init__(self, learner: Learner, population: Population, path: Callable[[Learner], Path], *, seed: int) -> None:
+        self.learner, self.population, self.seed = learner, population, seed
+        self.path = path(learner)
+        self._cache = Cache(CACHE_BYTES)
+        self._job: Job | None = None
+
+    def begin(self, job: Job) -> None:
+        self._job = job
+
+    def run(self, unit: Unit) -> UnitResult:
+        """Never raises for a client's own failure: that client is refused with its reason."""
+        job = self._job
+        if job is None:
+            raise RuntimeError("a unit came before its job")
+        if job.kind == EVALUATION:
+            return self._evaluate(job, unit)
+        return self._replies(job, unit) if job.kind == REPLIES else self._sums(job, unit)
+
+    def data(self, client: int) -> ClientData:
+        found = self._cache.get(client)
+        if found is None:
+            fraction = self.learner.config.data.validation_fraction
+            found = client_data(self.population.examples(client), self.population.name(client), fraction, self.seed)
+            self._cache.put(client, found, size_of(found))
+        return found
+
+    def _sums(self, job: Job, unit: Unit) -> UnitResult:
+        aggregator = self.learner.algorithm.aggregator
+        result = UnitResult(job.number, unit, [])
+        tree = SumTree(len(unit.leaves), aggregator.merge)
+        for number, leaf in enumerate(unit.leaves):
+            began, facts = time.perf_counter(), len(result.facts)
+            state = aggregator.begin(job.request.round, job.request.arrays)
+            for found in self.path.train([self._task(client) for client in leaf], job.request):
+                self._count(state, found, leaf, job.request, result.facts)
+            tree.put(0, number, replace(state, reference={}))  # the model does not travel back
+            examples = sum(f.num_examples for f in result.facts[facts:])
+            result.timings.append((len(leaf), examples, time.perf_counter() - began))
+        result.state = tree.root
+        return result
+
+    def _task(self, client: int) -> Task:
+        return Task(self.population.name(client), lambda: self.data(client))
+
+    def _count(
+        self, state: State, found: Results, leaf: Sequence[int], request: Request, facts: list[ClientFact]
+    ) -> None:
+        facts += [ClientFact(leaf[position], refused=why) for position, why in found.failures.items()]
+        if not len(found.positions):
+            return
+        bad = self._screened(found, leaf, request)
+        facts += [
+            ClientFact(leaf[position], 0 if i in bad else found.num_examples[i], dict(found.metrics[i]), bad.get(i, ""))
+            for i, position in enumerate(found.positions)
+        ]
+        arrays, weights, extra = found.arrays, list(map(float, found.num_examples)), found.extra
+        if bad:
+            kept = [i for i in range(len(found.positions)) if i not in bad]
+            if not kept:
+                return
+            arrays, weights = {k: v[kept] for k, v in arrays.items()}, [weights[i] for i in kept]
+            extra = [extra[i] for i in kept] if extra else ()
+        self.learner.algorithm.aggregator.add_many(state, arrays, weights, extra)
+
+    def _screened(self, found: Results, leaf: Sequence[int], request: Request) -> dict[int, str]:
+        """place in the results -> why it is refused: the rules of ``fl_server.screening``, looked at together first."""
+        max_norm = self.learner.config.algorithm.max_update_norm
+        if max_norm <= 0 and all(found.num_examples) and finite(found.metrics) and same_shapes(found, request.arrays):
+            return {}
+        refused = {}
+        for i, position in enumerate(found.positions):
+            name = self.population.name(leaf[position])
+            one = {k: np.asarray(v[i]) for k, v in found.arrays.items()}
+            try:
+                if not finite([found.metrics[i]]):
+                    raise IntegrityError(f"{name}: a metric is not finite")
+                reply = Reply(num_examples=found.num_examples[i], metrics=found.metrics[i], arrays=one)
+                screen_update(reply, request.arrays, name, max_norm=max_norm)
+            except IntegrityError as error:
+                refused[i] = error.message
+        return refused
+
+    def _replies(self, job: Job, unit: Unit) -> UnitResult:
+        result = UnitResult(job.number, unit, [])
+        for client in (client for leaf in unit.leaves for client in leaf):
+            name = self.population.name(client)
+            try:
+                result.replies[client] = train_client(self.learner, name, self.data(client), job.request)
+            except Exception as error:  # an application's own code
+                result.facts.append(ClientFact(client, refused=failure(name, error)))
+        return result
+
+    def _evaluate(self, job: Job, unit: Unit) -> UnitResult:
+        result = UnitResult(job.number, unit, [])
+        for client in (client for leaf in unit.leaves for client in leaf):
+            name = self.population.name(client)
+            try:
+                reply = evaluate_client(self.learner, self.data(client), job.request)
+                result.facts.append(ClientFact(client, reply.num_examples, dict(reply.metrics)))
+            except Exception as error:  # an application's own code
+                result.facts.append(ClientFact(client, refused=failure(name, error)))
+        return result
+
+
+def finite(metrics: Sequence[Any]) -> bool:
+    return all(np.isfinite(value) for one in metrics for value in one.values())
+
+
+def same_shapes(found: Results, reference: Arrays) -> bool:
+    """Names, dtypes and shapes of the reference, and every float finite; min and max of an array show a NaN too."""
+    if set(found.arrays) != set(reference):
+        return False
+    for name, expected in reference.items():
+        got = found.arrays[name]
+        if got.dtype != expected.dtype or got.shape[1:] != expected.shape:
+            return False
+        if got.dtype.kind == "f" and got.size and not (np.isfinite(got.min()) and np.isfinite(got.max())):
+            return False
+    return True
+
+
+def size_of(data: ClientData) -> int:
+    parts = (data.train, data.validation)
+    return sum(a.nbytes for p in parts for a in (*p.inputs.values(), p.targets, *p.columns.values()))
+
+
+class Cache:
+    """The most recently used entries, up to so many bytes; one larger than that is not kept."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
+        self._entries: OrderedDict[int, tuple[ClientData, int]] = OrderedDict()
+
+    def get(self, key: int) -> ClientData | None:
+        if key not in self._entries:
+            return None
+        self._entries.move_to_end(key)
+        return self._entries[key][0]
+
+    def put(self, key: int, value: ClientData, size: int) -> None:
+        if size > self._limit or key in self._entries:
+            return
+        self._entries[key] = (value, size)
+        self._used += size
+        while self._used > self._limit:
+            _, (_, freed) = self._entries.popitem(last=False)
+            self._used -= freed
