@@ -9,9 +9,12 @@ from typing import Self
 
 
 class Progress:
-    """A bar with count, time left and a short status. Falls back to a line every two seconds without a terminal."""
+    """A bar with count, time left and a short status. Falls back to a line every two seconds without a terminal.
 
-    def __init__(self, title: str, total: int, *, quiet: bool = False) -> None:
+    total: None where nobody knows it.
+    """
+
+    def __init__(self, title: str, total: int | None, *, quiet: bool = False) -> None:
         self.title, self.total, self._quiet = title, total, quiet
         self._bar = None
         self._last = 0.0
@@ -48,4 +51,5 @@ class Progress:
             self._bar.update(self._task, completed=done, status=status)
         elif done == self.total or time.monotonic() - self._last > 2:
             self._last = time.monotonic()
-            print(f"{self.title} {done}/{self.total} {status}", file=sys.stderr, flush=True)
+            of = "" if self.total is None else f"/{self.total}"
+            print(f"{self.title} {done}{of} {status}", file=sys.stderr, flush=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 from fl_core.contracts.cli import Subparsers, command
-from simulations.commands import devices, engine, federation
+from fl_core.contracts.errors import InputError
+from simulations.commands import devices, engine, federation, flower_app
 
-OPTIONS = (federation, engine, devices)
+OPTIONS = (federation, engine, devices, flower_app)
 
 
 def add_commands(subparsers: Subparsers) -> None:
@@ -17,4 +18,15 @@ def add_commands(subparsers: Subparsers) -> None:
 
 
 def run_simulate(args: argparse.Namespace) -> int:
+    if args.flower_app is not None:
+        if args.application is not None:
+            raise InputError(f"{args.application} and --flower-app: name one of them")
+        return flower_app.run(args)
+    missing = [
+        name
+        for name, key in (("APP", "application"), ("--rounds", "rounds"), ("--out", "out"))
+        if getattr(args, key) is None
+    ]
+    if missing:
+        raise InputError(f"missing: {', '.join(missing)}", remedy="fieldfleet simulate APP --rounds N --out DIR")
     return federation.run(args)

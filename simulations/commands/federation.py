@@ -15,15 +15,13 @@ from simulations.commands import devices, engine
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("application", metavar="APP")
+    parser.add_argument("application", nargs="?", metavar="APP")
     parser.add_argument(
         "--from", dest="start", type=Path, metavar="CKPT", help="start from this checkpoint (default: a fresh model)"
     )
     data_option(parser)
-    parser.add_argument("--rounds", type=int, required=True, metavar="N")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="run folder; an interrupted run is taken up"
-    )
+    parser.add_argument("--rounds", type=int, metavar="N")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder; an interrupted run is taken up")
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A new flwr version that moves one fails here, with its name, before anything str
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 from typing import Any
@@ -37,6 +38,10 @@ FUNCTIONS = {
     "flwr.superlink.servicer.fleet.fleet_handlers:push_object": ["request", "state"],
     "flwr.superlink.servicer.fleet.fleet_handlers:pull_object": ["request", "state"],
     "flwr.superlink.servicer.fleet.fleet_handlers:confirm_message_received": ["request", "state", "store"],
+    "flwr.common.config:get_project_config": ["project_dir"],
+    "flwr.common.config:flatten_dict": ["raw_dict"],
+    "flwr.supercore.object_ref:load_app": ["module_attribute_str", "error_type", "project_dir"],
+    "flwr.simulation.run_simulation:_run_simulation": ["num_supernodes", "exit_event"],
 }
 STATE = "flwr.server.superlink.linkstate.sql_linkstate:SqlLinkState"
 METHODS = {
@@ -59,7 +64,18 @@ METHODS = {
     "delete_messages": ["message_ins_ids"],
 }
 CONSTANTS = {
-    "flwr.common.constant": ["SUPERLINK_NODE_ID", "NOOP_FLWR_AID", "NOOP_ACCOUNT_NAME", "Status", "SubStatus"],
+    "flwr.clientapp.client_app": ["LoadClientAppError"],
+    "flwr.serverapp.server_app": ["LoadServerAppError"],
+    "flwr.supercore.telemetry": ["EventType"],
+    "flwr.common.constant": [
+        "SUPERLINK_NODE_ID",
+        "NOOP_FLWR_AID",
+        "NOOP_ACCOUNT_NAME",
+        "Status",
+        "SubStatus",
+        "PARTITION_ID_KEY",
+        "NUM_PARTITIONS_KEY",
+    ],
     "flwr.supercore.constant": ["NOOP_FEDERATION_ID", "TaskType", "NodeStatus"],
     "flwr.supercore.error": ["FlowerError"],
     "flwr.supercore.error.catalog": ["API_ERROR_MAP"],
@@ -211,3 +227,22 @@ def test_error_code_of_a_crashed_client() -> None:
     from fl_core.flower import wire
 
     assert resolve("flwr.common.constant:ErrorCode").CLIENT_APP_CRASHED == wire.CLIENT_CRASHED
+
+
+def test_simulation_of_a_project_takes_what_we_give_it() -> None:
+    parameters = inspect.signature(resolve("flwr.simulation.run_simulation:_run_simulation")).parameters
+    assert {"client_app_attr", "server_app_attr", "server_app_context", "app_dir", "run", "is_app"} <= set(parameters)
+    assert {"backend_config"} <= set(parameters)
+    assert resolve("flwr.supercore.telemetry:EventType").FLWR_SIMULATION_RUN_LEAVE
+    codes = resolve("flwr.common.constant:ErrorCode")
+    assert {codes.CLIENT_APP_RAISED_EXCEPTION, codes.UNKNOWN}
+    constant = importlib.import_module("flwr.common.constant")
+    assert (constant.PARTITION_ID_KEY, constant.NUM_PARTITIONS_KEY) == ("partition-id", "num-partitions")
+
+
+def test_an_array_can_leave_its_bytes_elsewhere() -> None:
+    """``StoredArray`` sets the fields around the constructor, and ``numpy()`` asks for ``data`` each time."""
+    array = resolve("flwr.app:Array")
+    assert [f.name for f in dataclasses.fields(array)] == ["dtype", "shape", "stype", "data"]
+    assert "self.data" in inspect.getsource(array.numpy)
+    assert "data" not in vars(array)
