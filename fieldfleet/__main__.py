@@ -37,6 +37,7 @@ EXTRAS = {
     "uvicorn": "server",
     "matplotlib": "report",
     "PIL": "edge",
+    "pytorch_optimizer": "train",
     "google": "edge",
 }
 EPILOG = "exit codes: 0 done, 1 a goal or check was missed, 2 wrong input, 3 environment, 4 refused or unreachable, 130 interrupted"

@@ -45,7 +45,7 @@ def run_pretrain(args: argparse.Namespace) -> int:
     from hpc_trainer.trainer import refuse_local_batch_norm
 
     refuse_local_batch_norm(config, args.procs)
-    build_optimizer(app.build_model(config).parameters(), config.optimizer)
+    build_optimizer(app.build_model(config), config.optimizer)
     training_data(app, config, open_data(app, config, args.data, seed=args.seed), args.seed)  # refused before any start
     return start_torchrun(args.procs)
 

@@ -1,4 +1,8 @@
-"""Optimiser state as plain arrays for safetensors: no pickle in a checkpoint."""
+"""Optimiser state as plain arrays for safetensors: no pickle in a checkpoint.
+
+``optimizer/INDEX/NAME`` is a tensor of parameter number INDEX, ``optimizer/INDEX/NAME/K`` entry K of a list of them, and
+``optimizer/INDEX/number/NAME`` a plain number; ``optimizer/group/G/NAME`` is a number that group G counts by itself.
+"""
 
 from __future__ import annotations
 
@@ -10,24 +14,51 @@ import torch
 
 from fl_core.contracts.arrays import Arrays
 
+PREFIX = "optimizer/"
+COUNTERS = ("step",)  # what optimisers change in their groups; the rest of a group is configuration
+
 
 def save(optimizer: torch.optim.Optimizer) -> dict[str, npt.NDArray[Any]]:
-    """``optimizer/INDEX/NAME`` -> array; everything else is in the configuration."""
-    table = {}
-    for index, entries in optimizer.state_dict()["state"].items():
+    """To be called by every rank: an optimiser that spreads its state gathers it here."""
+    table: dict[str, npt.NDArray[Any]] = {}
+    document = optimizer.state_dict()
+    for index, entries in document["state"].items():
         for name, value in entries.items():
-            if value is not None:
-                table[f"optimizer/{index}/{name}"] = np.asarray(
-                    value.detach().cpu() if torch.is_tensor(value) else value
-                )
+            if isinstance(value, (list, tuple)):
+                for place, item in enumerate(value):
+                    table[f"{PREFIX}{index}/{name}/{place}"] = _array(item)
+            elif torch.is_tensor(value):
+                table[f"{PREFIX}{index}/{name}"] = _array(value)
+            elif value is not None:
+                table[f"{PREFIX}{index}/number/{name}"] = np.asarray(value)
+    for number, group in enumerate(document["param_groups"]):
+        for name in COUNTERS:
+            if name in group:
+                table[f"{PREFIX}group/{number}/{name}"] = np.asarray(group[name])
     return table
 
 
 def load(optimizer: torch.optim.Optimizer, table: Arrays) -> None:
     states: dict[int, dict[str, Any]] = {}
-    for key, value in table.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/", 2)
-            states.setdefault(int(index), {})[name] = torch.from_numpy(np.array(value))
-    current = optimizer.state_dict()
-    optimizer.load_state_dict({"state": states, "param_groups": current["param_groups"]})
+    groups = [dict(group) for group in optimizer.state_dict()["param_groups"]]
+    for key in sorted((k for k in table if k.startswith(PREFIX)), key=_order):
+        value = table[key]
+        match key.removeprefix(PREFIX).split("/"):
+            case ["group", number, name]:
+                groups[int(number)][name] = value.item()
+            case [index, "number", name]:
+                states.setdefault(int(index), {})[name] = value.item()
+            case [index, name]:
+                states.setdefault(int(index), {})[name] = torch.from_numpy(np.array(value))
+            case [index, name, _]:
+                states.setdefault(int(index), {}).setdefault(name, []).append(torch.from_numpy(np.array(value)))
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _array(item: Any) -> npt.NDArray[Any]:
+    """An empty list stands for a dimension that is not preconditioned (SOAP)."""
+    return np.asarray(item.detach().cpu() if torch.is_tensor(item) else np.zeros(0, np.float32))
+
+
+def _order(key: str) -> tuple[tuple[int, int | str], ...]:
+    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in key.split("/"))

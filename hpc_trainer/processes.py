@@ -26,6 +26,11 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """For optimisers that spread their work; None in a group of one."""
+        return dist.group.WORLD if self.world > 1 else None
+
     def sum(self, tensor: Tensor) -> Tensor:
         """All-reduce in place; the tensor itself in a group of one."""
         if self.world > 1:

@@ -36,7 +36,7 @@ from fl_core.learning.torch_arrays import get_arrays, predict, set_arrays, tenso
 from fl_core.optimizers import build_optimizer
 from fl_core.storage import atomic
 from fl_core.storage.log import AppendLog, read_log
-from hpc_trainer import optimizer_state
+from hpc_trainer import optimizer_state, phases
 from hpc_trainer.gradients import data_parallel
 from hpc_trainer.processes import Processes
 from hpc_trainer.sampler import global_batches, steps_per_epoch
@@ -80,14 +80,15 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         on_epoch: Callable[[EpochRecord], None] | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
+        phase: phases.Phases = phases.unobserved,
     ) -> None:
         refuse_local_batch_norm(config, processes.world)
         self.application, self.config, self.data = application, config, data
         self.processes, self.out, self.seed, self.dtype = processes, out, seed, dtype
-        self.on_epoch, self.on_step = on_epoch, on_step
+        self.on_epoch, self.on_step, self.phase = on_epoch, on_step, phase
         self.model: nn.Module = application.build_model(config).to(device=processes.device, dtype=dtype)
         self.wrapped = data_parallel(self.model, processes.world)
-        self.optimizer = build_optimizer(self.model.parameters(), config.optimizer)
+        self.optimizer = build_optimizer(self.model, config.optimizer, processes.group)
         self.base_lr = config.pretrain.lr or config.optimizer.lr
         self.average = ModelAverage(config.pretrain.average_last, config.pretrain.epochs)
         self.loss_function, self.augment = application.loss_function(), application.augment_function()
@@ -148,19 +149,27 @@ class Trainer:
     def _step(self, epoch: int, index: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
         """One global batch; returns its (numerator, denominator), summed over all ranks."""
         empty = len(index) == 0
-        batch = self.data.train.take(np.zeros(1, np.int64) if empty else index)
-        base = seeding.key(self.seed, "augment", epoch)
-        batch = augmented(batch, index if not empty else np.zeros(1, np.int64), base, self.config, self.augment)
+        with self.phase(phases.INPUT):
+            batch = self.data.train.take(np.zeros(1, np.int64) if empty else index)
+            base = seeding.key(self.seed, "augment", epoch)
+            batch = augmented(batch, index if not empty else np.zeros(1, np.int64), base, self.config, self.augment)
+            inputs, targets = self._prepared(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        numerator, denominator = self._loss(self.wrapped, batch)
-        if empty:
-            numerator, denominator = numerator * 0.0, denominator * 0.0
-        sums = torch.stack([numerator.detach(), denominator.detach()]).double()
-        self.processes.sum(sums)
-        (numerator / sums[1].to(numerator.dtype)).backward()
-        if self.config.optimizer.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
-        self.optimizer.step()
+        with self.phase(phases.FORWARD):
+            outputs = self.wrapped(*inputs)
+        with self.phase(phases.LOSS):
+            numerator, denominator = self.loss_function(outputs, targets, self.config)
+            if empty:
+                numerator, denominator = numerator * 0.0, denominator * 0.0
+            sums = torch.stack([numerator.detach(), denominator.detach()]).double()
+        with self.phase(phases.COMMUNICATION):
+            self.processes.sum(sums)
+        with self.phase(phases.BACKWARD):
+            (numerator / sums[1].to(numerator.dtype)).backward()
+        with self.phase(phases.OPTIMIZER):
+            if self.config.optimizer.clip_norm > 0:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+            self.optimizer.step()
         self.losses.append(float(sums[0] / sums[1]))
         if not math.isfinite(self.losses[-1]):
             raise IntegrityError(
@@ -169,13 +178,15 @@ class Trainer:
         return sums
 
     def _loss(self, model: nn.Module, batch: Examples) -> tuple[Tensor, Tensor]:
-        inputs = (t.to(self.dtype) if t.is_floating_point() else t for t in self._tensors(batch))
-        targets = torch.from_numpy(np.ascontiguousarray(batch.targets)).to(self.processes.device)
+        inputs, targets = self._prepared(batch)
         numerator, denominator = self.loss_function(model(*inputs), targets, self.config)
         return numerator, denominator
 
-    def _tensors(self, batch: Examples) -> tuple[Tensor, ...]:
-        return tensors(self.application, self.config, batch, str(self.processes.device))
+    def _prepared(self, batch: Examples) -> tuple[list[Tensor], Tensor]:
+        """The model's inputs in this training's precision, and the targets, on this process's device."""
+        found = tensors(self.application, self.config, batch, str(self.processes.device))
+        inputs = [t.to(self.dtype) if t.is_floating_point() else t for t in found]
+        return inputs, torch.from_numpy(np.ascontiguousarray(batch.targets)).to(self.processes.device)
 
     def evaluate(self, examples: Examples) -> dict[str, float]:
         """Loss by global sums over all ranks; the application's metrics on the whole set, on rank 0."""
@@ -210,8 +221,13 @@ class Trainer:
         )
 
     def _save(self, epoch: int, metrics: dict[str, float]) -> None:
+        with self.phase(phases.CHECKPOINT):
+            self._write(epoch, metrics)
+        self.processes.barrier()
+
+    def _write(self, epoch: int, metrics: dict[str, float]) -> None:
+        state = {**optimizer_state.save(self.optimizer), **self.average.save()}  # K-FAC gathers: every rank is needed
         if self.processes.is_main:
-            state = {**optimizer_state.save(self.optimizer), **self.average.save()}
             name = f"epoch-{epoch:05d}"
             saved = Checkpoint(
                 self._manifest(epoch, metrics), get_arrays(self.model), {STATE_NAME: array_format.to_bytes(state)}
@@ -220,7 +236,6 @@ class Trainer:
             atomic.point_to(self.out / checkpoints.LATEST, name)
             for old in sorted(self.out.glob("epoch-*"))[:-2]:
                 shutil.rmtree(old)
-        self.processes.barrier()
 
     def _finish(self) -> Path:
         final = self.average.result(get_arrays(self.model))

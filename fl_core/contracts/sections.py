@@ -17,6 +17,18 @@ class OptimizerConfig:
     momentum: float = number(0.0, low=0.0, high=0.9999)
     weight_decay: float = number(0.0, low=0.0, high=10.0)
     clip_norm: float = number(0.0, low=0.0, help="global gradient norm; 0 = no clipping")
+    trust: float = number(0.001, low=0.0, help="lars: a step's share of the norm of the weights, at lr = 1")
+    damping: float = number(0.003, low=1e-12, help="kfac, shampoo: added to the curvature before it is inverted")
+    decay: float = number(0.95, low=0.0, high=0.9999, help="kfac, soap: of the running averages of the curvature")
+    measure_every: int = number(1, low=1, help="kfac: steps between two measurements of the curvature")
+    update_every: int = number(10, low=1, help="kfac, soap, shampoo: steps between two decompositions")
+    max_factor: int = number(
+        2048, low=1, help="larger factors are cut into diagonal blocks (kfac; 1 = diagonal) or left out (soap)"
+    )
+    kl_clip: float = number(0.001, low=0.0, help="kfac: bound on a step's change of the predictions; 0 = none")
+    inverses: str = choice(
+        "everywhere", "everywhere", "owner", help="kfac: where decompositions are kept; owner = on one process each"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,9 +67,7 @@ def local_update(
     loss_function, augment = application.loss_function(), application.augment_function()
     parameters = [p for p in model.parameters() if p.requires_grad]
     origin = [p.detach().clone() for p in parameters]
-    optimizer = build_optimizer(
-        parameters, replace(config.optimizer, lr=client_learning_rate(config, round, num_rounds))
-    )
+    optimizer = build_optimizer(model, replace(config.optimizer, lr=client_learning_rate(config, round, num_rounds)))
     torch.manual_seed(seeding.key(seed, "dropout", round, client))
     model.train()
     total, weight = 0.0, 0.0

@@ -1,4 +1,9 @@
-"""Optimisers, one file each, found by name: ``build(params, config) -> torch.optim.Optimizer``."""
+"""Optimisers, one file each, found by name: ``build(model, config, group) -> torch.optim.Optimizer``.
+
+An optimiser gets the whole module, because curvature belongs to layers; most need its trainable parameters only. ``group``
+is the process group over which the gradients are already summed: an optimiser may spread its work over it, and must do
+the same on every rank. Without one it works alone.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +17,11 @@ from fl_core.contracts.sections import OptimizerConfig
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 
 def known_optimizers() -> list[str]:
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
 
 
 def check_name(config: OptimizerConfig) -> None:
@@ -24,9 +30,22 @@ def check_name(config: OptimizerConfig) -> None:
         raise unknown_name("optimizer.name", config.name, known_optimizers())
 
 
-def build_optimizer(params: Iterable[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """By ``config.name``. Raises InputError with the list of the known ones."""
+def build_optimizer(
+    model: torch.nn.Module | Iterable[torch.nn.Parameter],
+    config: OptimizerConfig,
+    group: dist.ProcessGroup | None = None,
+) -> torch.optim.Optimizer:
+    """By ``config.name``, for a module's trainable parameters, or for bare parameters (no layers: K-FAC is SGD there).
+
+    Raises InputError with the list of the known ones.
+    """
+    import torch
+
     check_name(config)
-    module = importlib.import_module(f"{__name__}.{config.name}")
-    built: torch.optim.Optimizer = module.build(params, config)
+    module = model if isinstance(model, torch.nn.Module) else torch.nn.ParameterList(model)
+    built: torch.optim.Optimizer = importlib.import_module(f"{__name__}.{config.name}").build(module, config, group)
     return built
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
+import torch.distributed as dist
 
 from fl_core.contracts.sections import OptimizerConfig
+from fl_core.optimizers import trainable
 
 
-def build(params: Iterable[torch.nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+def build(
+    model: torch.nn.Module, config: OptimizerConfig, group: dist.ProcessGroup | None = None
+) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(trainable(model), lr=config.lr, weight_decay=config.weight_decay, fused=True)
