@@ -14,8 +14,7 @@ import logging
 import math
 import shutil
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,14 @@ from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.config import to_table
+from fl_core.contracts.counted import to_arrays as counted_arrays
 from fl_core.contracts.errors import EnvironmentFault, IntegrityError, RefusedError
 from fl_core.contracts.manifests import CheckpointManifest
 from fl_core.flower.grid import StreamGrid
 from fl_core.flower.messages import Request
 from fl_core.learning.application import Application
 from fl_core.learning.averaging import ModelAverage
+from fl_core.learning.personal import personal_names
 from fl_core.storage import atomic
 from fl_server.cohort import CohortGrid
 from fl_server.exchange import Plan, Talk
@@ -75,7 +76,11 @@ class RoundEngine:
         self.on_round, self.evaluate_global = on_round, evaluate_global
         self.settings = config.algorithm
         self.selector = selector or UniformSelector(seed)
-        self.aggregator = build_algorithm(config.algorithm).aggregator
+        algorithm = build_algorithm(config.algorithm)
+        self.aggregator = algorithm.aggregator
+        self.personal = personal_names(initial, self.settings.personal)
+        self.stateful = algorithm.client_update.stateful or bool(self.personal)
+        self.counted: dict[str, int] = {}  # device -> the round of its update that was counted last
         self.average = ModelAverage(self.settings.average_last, num_rounds)
         self.arrays: Arrays = initial
         self.done = 0
@@ -87,6 +92,7 @@ class RoundEngine:
         self.history = History(out, resumed_round=self.done)
         for record in self.history.records:
             self.selector.note(record)
+            self._note_counted(record)
 
     def run(self) -> Path:
         """All remaining rounds; returns the folder of the final checkpoint.
@@ -105,19 +111,25 @@ class RoundEngine:
             self.history.close()
 
     def _round(self, number: int) -> None:
-        began, record = time.monotonic(), RoundRecord(round=number)
-        tally = Tally(self.aggregator, self.settings, self.arrays, record, self.stale)
+        began, record = self.grid.now(), RoundRecord(round=number)
+        self.aggregator.population = max(1, self.grid.population())
+        tally = Tally(self.aggregator, self.settings, self.shared, record, self.stale)
         late = self._train(tally)
         self._apply(tally)
         every = self.settings.evaluate_every
         if every and (number % every == 0 or number == self.num_rounds):
             self._evaluate(record)
-        record.seconds = time.monotonic() - began
+        record.seconds = self.grid.now() - began
         self.stale = {name: (i, number) for name, i in late.items()} if self.settings.late == "next" else {}
         self._save(number, record)
         self.grid.end_rounds(number, [i for i, _ in self.stale.values()])
         if self.on_round:
             self.on_round(record)
+
+    @property
+    def shared(self) -> Arrays:
+        """The global model without the personal layers of the clients."""
+        return {name: array for name, array in self.arrays.items() if name not in self.personal}
 
     def _train(self, tally: Tally) -> dict[str, str]:
         """Count the round's replies; returns the instructions that were not answered in time, by device."""
@@ -142,7 +154,7 @@ class RoundEngine:
         )
         if talk.exchange is not None:
             tally.take_up(talk)
-        outcome = talk.run(self._request(record.round).to_record, nodes)
+        outcome = talk.run(lambda: self._training(record, nodes).to_record(), nodes)
         record.refused, record.late = outcome.refused, sorted(outcome.late)
         self._warn(record)
         tally.count_stale(self.grid)
@@ -156,14 +168,15 @@ class RoundEngine:
         if len(choice.chosen) < max(1, self.settings.min_clients):
             record.failed = f"{len(choice.chosen)} devices may take part, {self.settings.min_clients} are needed"
             return
-        tally.take(grid.train_cohort(self._request(record.round), choice.chosen, self.stop))
+        request = self._training(record, choice.chosen)
+        tally.take(grid.train_cohort(request, choice.chosen, self.stop))
         self._warn(record)
 
     def _chosen(self, record: RoundRecord) -> dict[str, int]:
         """Whom the selector asks, of the devices that are online; none when too few are there in time."""
-        deadline = time.monotonic() + self.settings.deadline_s
+        deadline = self.grid.now() + self.settings.deadline_s
         while True:
-            left = max(0.0, deadline - time.monotonic())
+            left = max(0.0, deadline - self.grid.now())
             try:
                 self.grid.wait_devices(self.settings.min_clients, left, self.stop)
             except RefusedError as error:
@@ -199,7 +212,20 @@ class RoundEngine:
             keep_late=kind == MessageType.TRAIN and self.settings.late == "next",
         )
 
-    def _request(self, number: int) -> Request:
+    def _training(self, record: RoundRecord, nodes: Iterable[str]) -> Request:
+        extra = {**self.aggregator.outgoing(self.shared), **self._counted(nodes, self.stateful)}
+        record.bytes_down = sum(a.nbytes for part in (self.arrays, extra) for a in part.values())
+        return self._request(record.round, extra)
+
+    def _counted(self, nodes: Iterable[str], told: bool) -> Arrays:
+        """For clients that keep a state: which of their updates was counted last."""
+        return counted_arrays({name: self.counted.get(name, 0) for name in nodes}) if told else {}
+
+    def _note_counted(self, record: RoundRecord) -> None:
+        if self.stateful and record.applied:
+            self.counted.update({**dict.fromkeys(record.clients, record.round), **record.late_counted})
+
+    def _request(self, number: int, extra: Arrays) -> Request:
         return Request(
             application=self.application.name,
             config={key: section for key, section in self.table.items() if key != "selection"},  # the server's own
@@ -207,13 +233,15 @@ class RoundEngine:
             num_rounds=self.num_rounds,
             seed=self.seed,
             arrays=self.arrays,
+            extra=extra,
         )
 
     def _apply(self, tally: Tally) -> None:
         record, usable = tally.record, len(tally.record.clients) + len(tally.record.late_counted)
         if usable >= max(1, self.settings.min_clients):
-            self.arrays = self.aggregator.finish(tally.state)
+            self.arrays = {**self.arrays, **self.aggregator.finish(tally.state)}
             record.applied, record.failed = True, ""
+            self._note_counted(record)
             self.seen.update(record.clients, record.late_counted)
         else:
             record.failed = record.failed or f"{usable} usable replies, {self.settings.min_clients} are needed"
@@ -229,7 +257,9 @@ class RoundEngine:
 
     def _evaluate(self, record: RoundRecord) -> None:
         if isinstance(self.grid, CohortGrid) and not self.settings.over_select:
-            found = self.grid.evaluate_cohort(self._request(record.round), sorted(record.clients), self.stop)
+            told = self._counted(record.clients, bool(self.personal))
+            request = self._request(record.round, told)
+            found = self.grid.evaluate_cohort(request, sorted(record.clients), self.stop)
             record.client_evaluation.update(found.clients)
             self._evaluated(record, found.num_examples)
             return
@@ -245,7 +275,8 @@ class RoundEngine:
         talk = Talk(self.grid, plan, look, stop=self.stop)
         nodes = {name: node for node, name in self.grid.device_names().items() if name in record.clients}
         if talk.exchange is not None or nodes:  # devices that did not answer cost a deadline already
-            talk.run(self._request(record.round).to_record, nodes)
+            told = self._counted(nodes, bool(self.personal))
+            talk.run(lambda: self._request(record.round, told).to_record(), nodes)
         self._evaluated(record, counts)
 
     def _evaluated(self, record: RoundRecord, counts: dict[str, int]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,11 +139,11 @@ class Talk:
 
     def _by_name(self) -> None:
         order, position = [n for n in self._asked if n not in self.outcome.looked], 0
-        deadline = time.monotonic() + self.plan.deadline_s
+        deadline = self.grid.now() + self.plan.deadline_s
         waiting = {self._asked[n] for n in order if self._asked[n]}
         while position < len(order):
             if self._asked[order[position]] in waiting:
-                left = max(0.0, deadline - time.monotonic())  # 0: what arrived while others were counted is not late
+                left = max(0.0, deadline - self.grid.now())  # 0: what arrived while others were counted is not late
                 arrived = self.grid.wait_ready(waiting, left, self.stop)
                 waiting -= arrived
                 if not arrived:
@@ -162,9 +161,9 @@ class Talk:
         names = {i: n for n, i in self._asked.items() if i and n not in self.outcome.looked}
         for name in [n for n, i in self._asked.items() if not i and n not in self.outcome.looked]:
             self._look_at(name)
-        deadline = time.monotonic() + self.plan.deadline_s
+        deadline = self.grid.now() + self.plan.deadline_s
         while names and self.outcome.usable < self.plan.wanted:
-            arrived = self.grid.wait_ready(set(names), max(0.0, deadline - time.monotonic()), self.stop)
+            arrived = self.grid.wait_ready(set(names), max(0.0, deadline - self.grid.now()), self.stop)
             if not arrived:
                 break
             for message_id in self.grid.by_arrival(arrived):

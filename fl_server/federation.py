@@ -35,8 +35,8 @@ def read_federation(args: argparse.Namespace) -> Federation:
 
     app = application(args.application)
     config = app.configure(args.overrides, preset=args.preset)
-    build_algorithm(config.algorithm)
     check_name(config.optimizer)
+    build_algorithm(config.algorithm).client_update.check(config.optimizer)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds}: at least one round is needed")
     start = checkpoints.load(args.start) if args.start else None

@@ -41,6 +41,9 @@ class LinkGrid(StreamGrid):
         names = self._directory.names()
         return {node: names[node] for node in self._store.online() if node in names}
 
+    def population(self) -> int:
+        return len(self._directory.names())
+
     def wait_devices(self, count: int, timeout: float, stop: threading.Event | None = None) -> None:
         deadline = time.monotonic() + timeout
         with self._bell.condition:

@@ -41,7 +41,8 @@ class Tally:
         reply = read_reply(message, name)
         self._add(name, reply, 1.0)
         self.record.clients[name], self.record.num_examples[name] = dict(reply.metrics), reply.num_examples
-        return sum(a.nbytes for a in reply.arrays.values())
+        self.record.bytes_up[name] = sum(a.nbytes for part in (reply.arrays, reply.extra) for a in part.values())
+        return self.record.bytes_up[name]
 
     def take(self, result: CohortResult) -> None:
         """What clients near by came to, all at once."""
@@ -49,9 +50,12 @@ class Tally:
             self.aggregator.merge(self.state, result.state)
         self.record.clients, self.record.num_examples = result.clients, result.num_examples
         self.record.refused = result.refused
+        parts = (self.reference, self.aggregator.expected(self.reference))
+        self.record.bytes_up = dict.fromkeys(result.clients, sum(a.nbytes for part in parts for a in part.values()))
 
     def _add(self, name: str, reply: Reply, factor: float) -> None:
         screen_update(reply, self.reference, name, max_norm=self.settings.max_update_norm)
+        self.aggregator.screen(reply.extra, self.reference, origin=name)
         weight = float(reply.num_examples) * factor
         self.aggregator.add(self.state, Update(arrays=reply.arrays, weight=weight, extra=reply.extra))
 
@@ -62,6 +66,9 @@ class Tally:
         return {
             "clients": record.clients,
             "num_examples": record.num_examples,
+            "bytes_up": record.bytes_up,
+            "bytes_down": record.bytes_down,
+            "population": self.aggregator.population,
             "skipped": record.skipped,
             "arrived": self._arrived,
         }
@@ -75,6 +82,8 @@ class Tally:
         noted = talk.noted
         self.record.skipped = dict(noted.get("skipped", {}))
         self._arrived = noted.get("arrived")
+        self.record.bytes_down = int(noted.get("bytes_down", 0))
+        self.aggregator.population = int(noted.get("population", self.aggregator.population))
         if talk.exchange is not None and talk.exchange.partial:
             table = array_format.from_bytes(talk.exchange.partial, origin=f"round {self.record.round}")
             state = self.aggregator.load(table, self.reference)
@@ -83,6 +92,7 @@ class Tally:
             self.state = state
             counted = talk.counted
             self.record.clients, self.record.num_examples = dict(counted["clients"]), dict(counted["num_examples"])
+            self.record.bytes_up = dict(counted.get("bytes_up", {}))
 
     # replies of the round before
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.errors import DataError
 from fl_core.contracts.sections import SelectionConfig
 from fl_core.learning.application import Application
+from fl_core.learning.client_states import SlotStates
 from fl_core.learning.examples import RawData
 from fl_core.learning.partition import split_clients
 from fl_core.learning.torch_arrays import get_arrays, set_arrays
@@ -32,6 +33,8 @@ from simulations.engine.processes import ProcessWorkers, usable_cores
 from simulations.engine.select import choose
 from simulations.engine.work import ClientWorker
 from simulations.engine.workers import InlineWorkers, MakeWorker, Workers
+
+STATES = ".clients"  # of the run folder: what algorithms keep on each client
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,16 @@ def simulate(
             f"{app.name}: {len(clients)} clients, {config.algorithm.min_clients} needed",
             remedy="lower algorithm.min_clients or add clients",
         )
-    learner = Learner(app, config, app.build_model(config), build_algorithm(config.algorithm))
+    algorithm = build_algorithm(config.algorithm)
+    algorithm.client_update.check(config.optimizer)
+    learner = Learner(app, config, app.build_model(config), algorithm)
     model = learner.model
     if start is not None:
         set_arrays(model, start.arrays, origin="the starting checkpoint")
     initial, held_examples = get_arrays(model), examples.of_clients(held)
     population = ExamplesPopulation(examples, clients)
+    states = SlotStates(out / STATES, population.find)
+    learner = replace(learner, states=states)
     del examples  # the population has its own, sorted
 
     def evaluate_global(arrays: Arrays) -> dict[str, float]:
@@ -108,6 +115,7 @@ def simulate(
             selector=_selector(selection, device_states, population, seed, app.name, round_s),
         )
         final = rounds.run()
+    states.close()
     return Simulation(final, rounds.history.records, clients, held)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import types
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ from fl_core.flower import adapter
 from fl_core.flower.grid import StreamGrid
 from fl_core.flower.messages import Reply, Request
 from fl_core.learning import seeding
-from fl_server import engine as engine_module
-from fl_server import exchange as exchange_module
 from fl_server.engine import RoundEngine
 from tests.helpers import small_config
 
@@ -71,6 +68,9 @@ class ScriptedGrid(StreamGrid):
     @property
     def run(self) -> Any:
         raise AssertionError("not used")
+
+    def now(self) -> float:
+        return self.clock
 
     def get_node_ids(self) -> list[int]:
         return list(self.nodes)
@@ -123,23 +123,12 @@ class ScriptedGrid(StreamGrid):
             self.sent.pop(message_id, None)
 
 
-@pytest.fixture
-def grid_time(monkeypatch: pytest.MonkeyPatch) -> dict[str, ScriptedGrid]:
-    """The engine's clock is that of the grid it runs over."""
-    current: dict[str, ScriptedGrid] = {}
-    clock = types.SimpleNamespace(monotonic=lambda: current["grid"].clock)
-    for module in (engine_module, exchange_module):
-        monkeypatch.setattr(module, "time", clock)
-    return current
-
-
 Start = Callable[..., RoundEngine]
 
 
 @pytest.fixture
-def start(grid_time: dict[str, ScriptedGrid]) -> Start:
+def start() -> Start:
     def build(out: Path, grid: ScriptedGrid, *overrides: str, rounds: int = 1, **options: Any) -> RoundEngine:
-        grid_time["grid"] = grid
         app, config = small_config("toy_regression", "algorithm.deadline_s=30", *overrides)
         arguments: dict[str, Any] = {"start": None, "initial": INITIAL, "seed": 0, "stage": "federation", **options}
         return RoundEngine(grid=grid, application=app, config=config, num_rounds=rounds, out=out, **arguments)

@@ -232,6 +232,11 @@ class AgentHome:
     def fleet(self) -> Path:
         return self.folder / "fleet"
 
+    @property
+    def states(self) -> Path:
+        """What federated algorithms keep on this device from round to round."""
+        return self.folder / "states"
+
     def data_folders(self, settings: AgentSettings, options: Sequence[str] = ()) -> dict[str, Path]:
         """Application -> folder of its data; "" is the folder of a device that names no application.
 

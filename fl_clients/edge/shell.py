@@ -207,7 +207,7 @@ class Agent:
         self.training.run(
             open_transport(self.home, self.settings, self.key, self.tunnel),
             self.home.fleet,
-            worker_command(self.name, self.options.data),
+            worker_command(self.name, self.options.data, self.home.states),
             wake=self.wake,
             wake_ready=lambda: self.link.connected,
             stop=self.stop,

@@ -86,12 +86,13 @@ class Training:
         self._on_event(event, facts)
 
 
-def worker_command(name: str, data: Mapping[str, Path]) -> list[str]:
+def worker_command(name: str, data: Mapping[str, Path], states: Path) -> list[str]:
     """The training worker's command line: a process of its own, started by the fleet link when there is work.
 
-    data: application -> folder; under "" where the device names no application.
+    data: application -> folder; under "" where the device names no application. states: folder for what federated
+    algorithms keep on this device.
     """
-    command = [sys.executable, "-m", "fl_clients.training.worker", "--name", name]
+    command = [sys.executable, "-m", "fl_clients.training.worker", "--name", name, "--states", str(states)]
     for application, folder in data.items():
         command += ["--data", f"{application}={folder}"] if len(data) > 1 else ["--data", str(folder)]
         command += ["--application", application] if application else []

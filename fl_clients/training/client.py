@@ -15,30 +15,39 @@ from typing import Any
 from flwr.app import Error, Message, MessageType
 from torch import nn
 
+from fl_clients.training.local_round import LocalRound, stored_state, with_personal
 from fl_core.algorithms import build_algorithm
 from fl_core.algorithms.base import Algorithm
 from fl_core.contracts.errors import FieldfleetError, RefusedError
 from fl_core.flower.messages import Reply, Request
 from fl_core.learning.application import Application, application
+from fl_core.learning.client_states import ClientStates
 from fl_core.learning.examples import ClientData, Examples
 from fl_core.learning.local_update import local_update
 from fl_core.learning.partition import client_data
+from fl_core.learning.personal import personal_names
 from fl_core.learning.torch_arrays import predict, set_arrays, tensors
 
 log = logging.getLogger(__name__)
 Source = Callable[[Application, Any], Examples]
 Version = Callable[[Application, Any], str]
+States = Callable[[str], ClientStates]
+COMPUTE_SHARE = 0.8  # of a round's deadline, for a client that sends what it has by then
 CLIENT_ERROR = 1  # Flower's error code of a message that failed on the client
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What one (application, configuration) needs: built once, shared by all clients of a process."""
+    """What one (application, configuration) needs: built once, shared by all clients of a process.
+
+    states: where these clients keep what their algorithm needs from round to round; None = each has a place of its own.
+    """
 
     application: Application
     config: Any
     model: nn.Module
     algorithm: Algorithm
+    states: ClientStates | None = None
 
 
 @dataclass
@@ -53,7 +62,9 @@ class Learners:
             app = application(name)
             config = app.configure_from(table, origin=f"the server's request for {name}")
             self.built.clear()  # one model in memory: a new configuration replaces the old one
-            self.built[key] = Learner(app, config, app.build_model(config), build_algorithm(config.algorithm))
+            algorithm = build_algorithm(config.algorithm)
+            algorithm.client_update.check(config.optimizer)
+            self.built[key] = Learner(app, config, app.build_model(config), algorithm)
         return self.built[key]
 
 
@@ -63,6 +74,8 @@ class ClientRuntime:
     source(application, config) -> Examples: this client's own data.
     allowed: the applications that this client takes part in (None = every installed one).
     version(application, config): changes when the source has other data.
+    states(run): where this client keeps what its algorithm needs from round to round; None = such algorithms are refused.
+    clock: seconds; with it ``algorithm.stragglers = "partial"`` ends the local update in time for the round's deadline.
     """
 
     def __init__(
@@ -73,8 +86,11 @@ class ClientRuntime:
         learners: Learners | None = None,
         allowed: frozenset[str] | None = None,
         version: Version = lambda application, config: "",
+        states: States | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.client, self.source, self.allowed, self.version = client, source, allowed, version
+        self.states, self.clock = states, clock
         self.learners = learners or Learners()
         self._data: tuple[str, ClientData] | None = None
         self.counts: dict[str, int] = {}  # application -> training examples when its data were read last
@@ -84,23 +100,37 @@ class ClientRuntime:
         try:
             request = Request.from_record(message.content, origin=f"request to {self.client}")
             if message.metadata.message_type == MessageType.TRAIN:
-                reply = self.train(request)
+                reply = self.train(request, self._states(message))
             elif message.metadata.message_type == MessageType.EVALUATE:
-                reply = self.evaluate(request)
+                reply = self.evaluate(request, self._states(message))
             else:
                 raise RefusedError(f"{self.client}: message type {message.metadata.message_type!r} is not served")
         except Exception as error:  # an application's own code: the round goes on without this client
             return Message(Error(CLIENT_ERROR, failure(self.client, error)), reply_to=message)
         return Message(reply.to_record(), reply_to=message)
 
-    def train(self, request: Request) -> Reply:
-        learner = self._learner(request)
-        return train_client(learner, self.client, self._own_data(learner, request.seed), request)
+    def train(self, request: Request, states: ClientStates | None = None) -> Reply:
+        expired, learner = self._expiry(), self._learner(request)
+        data = self._own_data(learner, request.seed)
+        return train_client(learner, self.client, data, request, states, lambda: expired(learner.config.algorithm))
 
-    def evaluate(self, request: Request) -> Reply:
-        """The global model on this client's validation examples: loss and the application's metrics."""
+    def evaluate(self, request: Request, states: ClientStates | None = None) -> Reply:
+        """The global model, with this client's personal layers, on its validation examples: loss and metrics."""
         learner = self._learner(request)
-        return evaluate_client(learner, self._own_data(learner, request.seed), request)
+        return evaluate_client(learner, self.client, self._own_data(learner, request.seed), request, states)
+
+    def _states(self, message: Message) -> ClientStates | None:
+        """Each run's by itself: a state of another run means nothing here."""
+        return self.states(f"{message.metadata.run_id % 2**64:016x}") if self.states is not None else None
+
+    def _expiry(self) -> Callable[[Any], bool]:
+        """Whether a straggler must stop, by its own clock: the rest of the deadline is for carrying model and update."""
+        if (clock := self.clock) is None:
+            return lambda settings: False
+        began = clock()
+        return lambda settings: (
+            settings.stragglers == "partial" and clock() - began >= COMPUTE_SHARE * settings.deadline_s
+        )
 
     def _learner(self, request: Request) -> Learner:
         if self.allowed is not None and request.application not in self.allowed:
@@ -119,26 +149,48 @@ class ClientRuntime:
         return self._data[1]
 
 
-def train_client(learner: Learner, client: str, data: ClientData, request: Request) -> Reply:
-    """One local update of the request's model on this client's training examples."""
+def train_client(
+    learner: Learner,
+    client: str,
+    data: ClientData,
+    request: Request,
+    states: ClientStates | None = None,
+    expired: Callable[[], bool] = lambda: False,
+) -> Reply:
+    """One local update of the request's model on this client's training examples.
+
+    states: of this client; without it, those that the learner's clients share. expired: as of ``local_update``.
+    """
+    parameters = [name for name, p in learner.model.named_parameters() if p.requires_grad]
+    local = LocalRound(
+        client, request, learner.config, learner.algorithm, parameters, learner.states if states is None else states
+    )
     result = local_update(
         learner.model,
         learner.application,
         learner.config,
         data.train,
-        reference=request.arrays,
-        client_update=learner.algorithm.client_update,
+        reference=local.reference,
+        client_update=local.update,
         client=client,
         round=request.round,
         num_rounds=request.num_rounds,
         seed=request.seed,
+        max_steps=request.max_steps,
+        expired=expired,
     )
-    return Reply(num_examples=result.num_examples, metrics={"loss": result.loss}, arrays=result.arrays)
+    return local.reply(result)
 
 
-def evaluate_client(learner: Learner, data: ClientData, request: Request) -> Reply:
-    """The request's model on this client's validation examples."""
-    set_arrays(learner.model, request.arrays, origin="global model")
+def evaluate_client(
+    learner: Learner, client: str, data: ClientData, request: Request, states: ClientStates | None = None
+) -> Reply:
+    """The request's model, with this client's personal layers, on its validation examples."""
+    arrays = request.arrays
+    if personal_names(arrays, learner.config.algorithm.personal):
+        kept = stored_state(client, request, learner.states if states is None else states, "personal layers")[1]
+        arrays = with_personal(arrays, kept)
+    set_arrays(learner.model, arrays, origin="global model")
     if len(data.validation) == 0:
         return Reply(num_examples=0, metrics={})
     return Reply(num_examples=len(data.validation), metrics=evaluation(learner, data.validation))

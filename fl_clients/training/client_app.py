@@ -1,18 +1,21 @@
 """Our client as a Flower ClientApp, for devices that run an unmodified ``flower-supernode``.
 
 ``--node-config 'name="van-1" data="/data/recordings"'``: name as registered (it seeds the local update), data as of
-``agent run --data``; ``applications="a,b"`` allows these only.
+``agent run --data``; ``applications="a,b"`` allows these only; ``states="/var/lib/states"`` is needed by algorithms that
+keep a state on each client.
 """
 
 from __future__ import annotations
 
 import threading
+import time
+from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fl_clients.training.client import ClientRuntime, Learners
-from fl_clients.training.worker import data_versions, device_sources
+from fl_clients.training.worker import data_versions, device_sources, folder_states
 from fl_core.contracts.errors import InputError
 
 app = ClientApp()
@@ -45,6 +48,8 @@ def answer(message: Message, context: Context) -> Message:
         learners=_learners,
         allowed=frozenset(allowed.split(",")) if allowed else None,
         version=data_versions(places),
+        states=folder_states(Path(str(config["states"])) if "states" in config else None),
+        clock=time.monotonic,
     )
     with _lock:
         return runtime.handle(message)

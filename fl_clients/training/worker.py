@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +25,7 @@ from fl_core.contracts.cli import start_logging
 from fl_core.contracts.errors import DataError, FieldfleetError
 from fl_core.flower import adapter
 from fl_core.learning.application import Application
+from fl_core.learning.client_states import ClientStates, FolderStates
 from fl_core.learning.examples import Examples, RawData
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,11 @@ def data_versions(places: Sequence[str]) -> Callable[[Application, Any], str]:
     return version
 
 
+def folder_states(root: Path | None) -> Callable[[str], ClientStates] | None:
+    """By run; None where this device has no folder for states."""
+    return None if root is None else lambda run: FolderStates(root, run)
+
+
 def _pairs(places: Sequence[str]) -> dict[str, str]:
     return {name: place for name, _, place in (place.partition("=") for place in places)}
 
@@ -140,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--client", default="", help="only this client of the data set")
     options.add_argument("--data-seed", type=int, default=0, help="seed of generated data")
     options.add_argument("--application", action="append", default=[], help="enabled application (default: every one)")
+    options.add_argument("--states", type=Path, help="folder for what algorithms keep here from round to round")
     options.add_argument("--threads", type=int, default=1, help="threads of one local update")
     options.add_argument("--verbose", action="store_true")
     return options
@@ -159,7 +167,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(max(1, args.threads))
     source = device_sources(args.data, args.client, args.data_seed, args.name)
     allowed = frozenset(args.application) or None
-    runtime = ClientRuntime(args.name, source, allowed=allowed, version=data_versions(args.data))
+    runtime = ClientRuntime(
+        args.name,
+        source,
+        allowed=allowed,
+        version=data_versions(args.data),
+        states=folder_states(args.states),
+        clock=time.monotonic,
+    )
     serve(runtime.handle, sys.stdin.buffer, outgoing, lambda: runtime.counts)
     return 0
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fl_core.contracts.arrays import Arrays
+from fl_core.contracts.arrays import Arrays, check_like
+from fl_core.contracts.sections import OptimizerConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +26,17 @@ BLOCK = 1 << 18  # elements: 2 MB of float64; smaller blocks cost more in calls 
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """One client's result. ``weight`` is its number of training examples, above 0."""
+    """One client's result. ``weight`` is its number of training examples, above 0.
+
+    extra: what the client's half sends beside the model, screened. base: the global model that it was trained from,
+    where that is not the round's reference (asynchronous modes); staleness: how many models came since.
+    """
 
     arrays: Arrays
     weight: float
     extra: Arrays = field(default_factory=dict)
+    base: Arrays | None = None
+    staleness: int = 0
 
 
 @dataclass
@@ -45,10 +52,30 @@ class State:
 
 
 class Aggregator(ABC):
-    """The server's half. ``memory`` is what it carries from round to round (moments); it is checkpointed."""
+    """The server's half. ``memory`` is what it carries from round to round (moments); it is checkpointed.
+
+    asynchronous: takes updates that were trained from older models. population: how many clients the federation has,
+    told by the engine before each round.
+    """
+
+    asynchronous = False
 
     def __init__(self) -> None:
         self.memory: dict[str, npt.NDArray[Any]] = {}
+        self.population = 1
+
+    def outgoing(self, reference: Arrays) -> Arrays:
+        """What clients need beside the model (a control variate), by name."""
+        return {}
+
+    def expected(self, reference: Arrays) -> Arrays:
+        """An example of the ``extra`` that each update must bring: its names, shapes and dtypes; {} = none is read."""
+        return {}
+
+    def screen(self, extra: Arrays, reference: Arrays, *, origin: str) -> None:
+        """Raises IntegrityError naming ``origin`` where ``extra`` is misshapen, not finite or out of range."""
+        if wanted := self.expected(reference):
+            check_like(extra, wanted, origin=f"{origin}: beside the model")
 
     def begin(self, round: int, reference: Arrays) -> State:
         return State(round=round, reference=reference)
@@ -163,6 +190,11 @@ def cast_like(value: npt.NDArray[Any], reference: npt.NDArray[Any]) -> npt.NDArr
     return value.astype(reference.dtype).reshape(reference.shape)
 
 
+def stepped_names(reference: Arrays) -> list[str]:
+    """The arrays that gradients change: floating point, and no running statistics."""
+    return [name for name, array in reference.items() if array.dtype.kind == "f" and not is_statistic(name)]
+
+
 def is_statistic(name: str) -> bool:
     """Running statistics of batch norm: averaged, never stepped by a server optimiser."""
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
@@ -180,8 +212,54 @@ class GradientTerms:
     correction: tuple[npt.NDArray[Any], ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class LocalStart:
+    """One client before its local update. parameters: names of the trainable ones, in the order of the model's.
+
+    reference: the model it starts from. extra: the server's ``outgoing``. state: what ``finish`` returned for the update
+    that the server counted last; {} where there is none.
+    """
+
+    parameters: tuple[str, ...]
+    reference: Arrays
+    extra: Arrays = field(default_factory=dict)
+    state: Arrays = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWork:
+    """One client after its local update: its model, and how it got there. steps: of the optimiser, at ``lr``."""
+
+    arrays: Arrays
+    num_examples: int
+    steps: int
+    lr: float
+    momentum: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalEnd:
+    """extra: sent beside the model. state: stays on the client, and holds once the server has counted the update."""
+
+    extra: Arrays = field(default_factory=dict)
+    state: Arrays = field(default_factory=dict)
+
+
 class ClientUpdate:
-    """The client's half; the default leaves the local update as it is."""
+    """The client's half; the default leaves the local update as it is. stateful: keeps something from round to round."""
+
+    stateful = False
+
+    def check(self, optimizer: OptimizerConfig) -> None:
+        """Raises InputError for an optimiser that the algorithm is not defined for."""
+
+    def begin(self, start: LocalStart) -> ClientUpdate:
+        """What one client does in one round. Raises IntegrityError where what the server sent does not fit."""
+        return self
+
+    def finish(self, work: LocalWork) -> LocalEnd:
+        """Called once, on what ``begin`` returned, after at least one step."""
+        return LocalEnd()
 
     def terms(self) -> GradientTerms | None:
         """What is added to the gradients; None when only ``adjust_gradients`` knows, which the sequential path calls."""

@@ -44,6 +44,13 @@ class AlgorithmConfig:
     )
     late: str = choice("drop", "drop", "next", help="replies after the deadline: dropped, or counted in the next round")
     late_weight: float = number(0.5, low=0.0, high=1.0, help="factor on the weight of a reply counted a round late")
+    stragglers: str = choice(
+        "drop",
+        "drop",
+        "partial",
+        help="clients too slow for the deadline: without reply, or with what they have by then",
+    )
+    personal: tuple[str, ...] = sequence((), help="arrays of the model that stay on each client, as ['head.*']")
     local_epochs: int = number(1, low=1)
     batch_size: int = number(32, low=1)
     client_lr: float = number(0.0, low=0.0, help="learning rate of the local update; 0 = optimizer.lr")
@@ -52,7 +59,14 @@ class AlgorithmConfig:
     average_last: float = number(
         0.0, low=0.0, high=1.0, help="fraction of the last rounds whose models are averaged at the end"
     )
-    proximal_mu: float = number(0.01, low=0.0, help="fedprox")
+    proximal_mu: float = number(0.01, low=0.0, help="fedprox, fedasync")
+    fednova_mu: float = number(0.0, low=0.0, help="fednova: proximal term of the local objective")
+    feddyn_alpha: float = number(0.1, low=1e-9, help="feddyn")
+    global_lr: float = number(
+        1.0, low=0.0, help="scaffold, fednova, fedbuff: length of the server's step; 1 = the mean of the clients"
+    )
+    staleness_power: float = number(0.5, low=0.0, high=10.0, help="fedbuff, fedasync: (1 + staleness)^-power")
+    mixing: float = number(0.6, low=1e-6, high=1.0, help="fedasync: share of a fresh model in the global one")
     server_lr: float = number(0.1, low=0.0, help="fedadam, fedyogi: eta")
     beta_1: float = number(0.9, low=0.0, high=0.9999)
     beta_2: float = number(0.99, low=0.0, high=0.99999)

@@ -40,6 +40,14 @@ class StreamGrid(Grid):
         """What ``wait_ready`` returned, in the order of the replies' arrival."""
         return sorted(message_ids)
 
+    def now(self) -> float:
+        """This grid's time in seconds, by which rounds and deadlines are measured; it never runs back."""
+        return time.monotonic()
+
+    def population(self) -> int:
+        """How many devices the federation has, online or not."""
+        return len(self.device_names())
+
     def knows(self, name: str) -> bool:
         """Whether a device of this name may take part (still)."""
         return name in self.device_names().values()
@@ -117,9 +125,9 @@ class StreamGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Flower's blocking call, for unmodified strategies: replies in the order of the messages."""
         ids = list(self.push_messages(messages))
-        deadline = time.monotonic() + (timeout if timeout is not None else 1e9)
+        deadline = self.now() + (timeout if timeout is not None else 1e9)
         waiting, ready = {i for i in ids if i}, set[str]()
-        while waiting and (left := deadline - time.monotonic()) > 0:
+        while waiting and (left := deadline - self.now()) > 0:
             got = self.wait_ready(waiting, left)
             ready |= got
             waiting -= got

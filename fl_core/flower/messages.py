@@ -20,7 +20,7 @@ from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.errors import IntegrityError
 
 ARRAYS, CONFIG, METRICS, EXTRA = "arrays", "config", "metrics", "extra"
-NUM_EXAMPLES = "num-examples"
+NUM_EXAMPLES, MAX_STEPS = "num-examples", "max-steps"
 PROTOCOL = 1
 CONFIG_LIMIT = 1 << 20
 DTYPES = {"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"}
@@ -31,6 +31,7 @@ class Request:
     """What a client is asked to do. ``config`` is a table that the client validates with the application's own schema.
 
     arrays: the global model. extra: what the algorithm sends beside it (a control variate, say), by name.
+    max_steps: of the optimiser, at most; 0 = the whole local update.
     """
 
     application: str
@@ -40,6 +41,7 @@ class Request:
     seed: int
     arrays: Arrays
     extra: Arrays = field(default_factory=dict)
+    max_steps: int = 0
 
     def to_record(self) -> RecordDict:
         header: dict[str, Any] = {
@@ -50,6 +52,8 @@ class Request:
             "num-rounds": self.num_rounds,
             "seed": self.seed,
         }
+        if self.max_steps:
+            header[MAX_STEPS] = self.max_steps
         content: dict[str, Any] = {ARRAYS: array_record(self.arrays), CONFIG: ConfigRecord(header)}
         if self.extra:
             content[EXTRA] = array_record(self.extra)
@@ -66,6 +70,9 @@ class Request:
                 f"{origin}: protocol {header.get('protocol')!r} is not {PROTOCOL}", remedy="upgrade the older side"
             )
         table = json_object(_typed(header, "config-json", str, origin), origin)
+        max_steps = _typed(header, MAX_STEPS, int, origin) if MAX_STEPS in header else 0
+        if max_steps < 0:
+            raise IntegrityError(f"{origin}: field {MAX_STEPS!r} is {max_steps}, expected at least 0")
         return cls(
             application=_typed(header, "application", str, origin),
             config=table,
@@ -74,6 +81,7 @@ class Request:
             seed=_typed(header, "seed", int, origin),
             arrays=read_arrays(record, ARRAYS, origin),
             extra=read_arrays(record, EXTRA, origin) if EXTRA in record.array_records else {},
+            max_steps=max_steps,
         )
 
 

@@ -43,6 +43,11 @@ class AggregatorStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         self._reference = read_arrays(RecordDict({ARRAYS: arrays}), ARRAYS, "the global model")
+        if self.aggregator.outgoing(self._reference):
+            raise InputError(
+                f"{type(self.aggregator).__name__} sends clients more than the model, which Flower's strategies cannot",
+                remedy="run it with 'fieldfleet server' or 'fieldfleet simulate'",
+            )
         return self._messages(MessageType.TRAIN, server_round, arrays, config, self._chosen(server_round, grid))
 
     def aggregate_train(
@@ -55,6 +60,7 @@ class AggregatorStrategy(Strategy):
                 if reply.num_examples == 0:
                     raise IntegrityError(f"node {node}: trained on no examples")
                 check_like(reply.arrays, self._reference, origin=f"node {node}")
+                self.aggregator.screen(reply.extra, self._reference, origin=f"node {node}")
             except IntegrityError as error:
                 log.warning("reply left out: %s", error.message)
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,11 +23,12 @@ from fl_core.optimizers import build_optimizer
 
 @dataclass(frozen=True)
 class LocalResult:
-    """``arrays``: the client's model; ``loss``: the mean training loss over all examples seen."""
+    """arrays: the client's model. loss: the mean training loss over all examples seen. steps: of the optimiser."""
 
     arrays: dict[str, npt.NDArray[Any]]
     num_examples: int
     loss: float
+    steps: int = 0
 
 
 def client_learning_rate(config: Any, round: int, num_rounds: int) -> float:
@@ -56,8 +57,13 @@ def local_update(
     round: int,
     num_rounds: int,
     seed: int,
+    max_steps: int = 0,
+    expired: Callable[[], bool] = lambda: False,
 ) -> LocalResult:
     """Train ``model`` from ``reference`` on ``data``; the optimiser starts afresh each round.
+
+    max_steps: at most so many (0 = all of ``local_epochs``). expired(): no time is left for another step; the first
+    one is done in any case.
 
     Randomness is keyed by (seed, round, client), so that the result does not depend on where or when it runs.
     """
@@ -70,22 +76,36 @@ def local_update(
     optimizer = build_optimizer(model, replace(config.optimizer, lr=client_learning_rate(config, round, num_rounds)))
     torch.manual_seed(seeding.key(seed, "dropout", round, client))
     model.train()
-    total, weight = 0.0, 0.0
+    total, weight, steps = 0.0, 0.0, 0
+    for epoch, index in schedule(config, len(data), seed=seed, round=round, client=client, max_steps=max_steps):
+        if steps and expired():
+            break
+        batch = augmented(data.take(index), index, seeding.key(seed, "augment", round, client, epoch), config, augment)
+        targets = torch.from_numpy(np.ascontiguousarray(batch.targets))
+        optimizer.zero_grad(set_to_none=True)
+        numerator, denominator = loss_function(model(*tensors(application, config, batch)), targets, config)
+        (numerator / denominator).backward()
+        client_update.adjust_gradients(parameters, origin)
+        if config.optimizer.clip_norm > 0:
+            nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
+        optimizer.step()
+        steps += 1
+        total += float(numerator.detach())
+        weight += float(denominator.detach())
+    return LocalResult(get_arrays(model), len(data), total / weight if weight else 0.0, steps)
+
+
+def schedule(
+    config: Any, count: int, *, seed: int, round: int, client: str, max_steps: int = 0
+) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """(epoch, indices of the batch) of each step of one client's local update; at most ``max_steps`` (0 = all)."""
+    steps = 0
     for epoch in range(config.algorithm.local_epochs):
-        base = seeding.key(seed, "augment", round, client, epoch)
-        for index in batches(len(data), config.algorithm.batch_size, seed, "order", round, client, epoch):
-            batch = augmented(data.take(index), index, base, config, augment)
-            targets = torch.from_numpy(np.ascontiguousarray(batch.targets))
-            optimizer.zero_grad(set_to_none=True)
-            numerator, denominator = loss_function(model(*tensors(application, config, batch)), targets, config)
-            (numerator / denominator).backward()
-            client_update.adjust_gradients(parameters, origin)
-            if config.optimizer.clip_norm > 0:
-                nn.utils.clip_grad_norm_(parameters, config.optimizer.clip_norm)
-            optimizer.step()
-            total += float(numerator.detach())
-            weight += float(denominator.detach())
-    return LocalResult(get_arrays(model), len(data), total / weight if weight else 0.0)
+        for index in batches(count, config.algorithm.batch_size, seed, "order", round, client, epoch):
+            yield epoch, index
+            steps += 1
+            if steps == max_steps:
+                return
 
 
 def augmented(

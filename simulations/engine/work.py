@@ -17,6 +17,7 @@ from fl_core.contracts.errors import IntegrityError
 from fl_core.flower.messages import Reply, Request
 from fl_core.learning.examples import ClientData
 from fl_core.learning.partition import client_data
+from fl_core.learning.personal import personal_names
 from fl_server.screening import screen_update
 from simulations.engine.paths import Path, Results, Task
 from simulations.engine.placement import Unit
@@ -96,25 +97,28 @@ class ClientWorker:
         tree = SumTree(len(unit.leaves), aggregator.merge)
         for number, leaf in enumerate(unit.leaves):
             began, facts = time.perf_counter(), len(result.facts)
-            state = aggregator.begin(job.request.round, job.request.arrays)
+            state = aggregator.begin(job.request.round, self._shared(job.request))
             for found in self.path.train([self._task(client) for client in leaf], job.request):
-                self._count(state, found, leaf, job.request, result.facts)
+                self._count(state, found, leaf, result.facts)
             tree.put(0, number, replace(state, reference={}))  # the model does not travel back
             examples = sum(f.num_examples for f in result.facts[facts:])
             result.timings.append((len(leaf), examples, time.perf_counter() - began))
         result.state = tree.root
         return result
 
+    def _shared(self, request: Request) -> Arrays:
+        """What clients send back: the model without their personal layers."""
+        personal = personal_names(request.arrays, self.learner.config.algorithm.personal)
+        return {name: array for name, array in request.arrays.items() if name not in personal}
+
     def _task(self, client: int) -> Task:
         return Task(self.population.name(client), lambda: self.data(client))
 
-    def _count(
-        self, state: State, found: Results, leaf: Sequence[int], request: Request, facts: list[ClientFact]
-    ) -> None:
+    def _count(self, state: State, found: Results, leaf: Sequence[int], facts: list[ClientFact]) -> None:
         facts += [ClientFact(leaf[position], refused=why) for position, why in found.failures.items()]
         if not len(found.positions):
             return
-        bad = self._screened(found, leaf, request)
+        bad = self._screened(found, leaf, state.reference)
         facts += [
             ClientFact(leaf[position], 0 if i in bad else found.num_examples[i], dict(found.metrics[i]), bad.get(i, ""))
             for i, position in enumerate(found.positions)
@@ -128,10 +132,11 @@ class ClientWorker:
             extra = [extra[i] for i in kept] if extra else ()
         self.learner.algorithm.aggregator.add_many(state, arrays, weights, extra)
 
-    def _screened(self, found: Results, leaf: Sequence[int], request: Request) -> dict[int, str]:
+    def _screened(self, found: Results, leaf: Sequence[int], reference: Arrays) -> dict[int, str]:
         """place in the results -> why it is refused: the rules of ``fl_server.screening``, looked at together first."""
-        max_norm = self.learner.config.algorithm.max_update_norm
-        if max_norm <= 0 and all(found.num_examples) and finite(found.metrics) and same_shapes(found, request.arrays):
+        max_norm, aggregator = self.learner.config.algorithm.max_update_norm, self.learner.algorithm.aggregator
+        plain = max_norm <= 0 and not aggregator.expected(reference)
+        if plain and all(found.num_examples) and finite(found.metrics) and same_shapes(found, reference):
             return {}
         refused = {}
         for i, position in enumerate(found.positions):
@@ -141,7 +146,8 @@ class ClientWorker:
                 if not finite([found.metrics[i]]):
                     raise IntegrityError(f"{name}: a metric is not finite")
                 reply = Reply(num_examples=found.num_examples[i], metrics=found.metrics[i], arrays=one)
-                screen_update(reply, request.arrays, name, max_norm=max_norm)
+                screen_update(reply, reference, name, max_norm=max_norm)
+                aggregator.screen(found.extra[i] if found.extra else {}, reference, origin=name)
             except IntegrityError as error:
                 refused[i] = error.message
         return refused
@@ -161,7 +167,7 @@ class ClientWorker:
         for client in (client for leaf in unit.leaves for client in leaf):
             name = self.population.name(client)
             try:
-                reply = evaluate_client(self.learner, self.data(client), job.request)
+                reply = evaluate_client(self.learner, name, self.data(client), job.request)
                 result.facts.append(ClientFact(client, reply.num_examples, dict(reply.metrics)))
             except Exception as error:  # an application's own code
                 result.facts.append(ClientFact(client, refused=failure(name, error)))

@@ -30,13 +30,12 @@ from tests.scripted_grid import (
     ScriptedGrid,
     Start,
     final,
-    grid_time,
     honest,
     only,
     start,
 )
 
-__all__ = ["grid_time", "start"]
+__all__ = ["start"]
 
 
 def test_one_round_by_hand(tmp_path: Path, start: Start) -> None:

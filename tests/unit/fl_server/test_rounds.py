@@ -16,9 +16,9 @@ from fl_core.contracts.arrays import fingerprint
 from fl_core.contracts.errors import Interrupted
 from fl_core.flower.messages import Reply, Request
 from fl_server import exchange as exchanges
-from tests.scripted_grid import INITIAL, NAMES, NEVER, Answer, ScriptedGrid, Start, final, grid_time, honest, start
+from tests.scripted_grid import INITIAL, NAMES, NEVER, Answer, ScriptedGrid, Start, final, honest, start
 
-__all__ = ["grid_time", "start"]
+__all__ = ["start"]
 
 
 class LateGrid(ScriptedGrid):
@@ -146,8 +146,7 @@ def test_stopped_anywhere_it_goes_on_over_the_same_grid(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchanges, "PARTIAL_BYTES", 1 if small else 1 << 28)
         folder = tmp_path_factory.mktemp("stop")
-        times: dict[str, ScriptedGrid] = {}
-        build = start.__wrapped__(times)  # type: ignore[attr-defined]
+        build = start.__wrapped__()  # type: ignore[attr-defined]
         calm = final(build(folder / "calm", ScriptedGrid(), "algorithm.name=fedadam", rounds=3))
         stop = threading.Event()
         pending = list(stops)
