@@ -41,7 +41,7 @@ class Application:
     postprocess(config, outputs) -> columns: what users read (``score`` or ``prediction`` and class scores).
     metrics(config, outputs, examples) -> name -> value, with scikit-learn's names.
     groups(config, examples) -> name -> boolean mask (N,): parts reported separately.
-    model, loss, augment: "module:attribute" of the torch half:
+    model, loss, augment: "module:attribute" of the torch half (or the callable itself, where nothing is found by name):
       build_model(config) -> Module with forward(*inputs) -> Tensor or tuple of Tensors;
       loss(outputs, targets, config) -> (numerator, denominator), both scalar Tensors: sums over the examples, never means;
       augment(inputs, seeds, config) -> inputs, numpy (N, ...) arrays, ``seeds`` (N,) uint64 keyed by (seed, epoch, example).
@@ -64,9 +64,9 @@ class Application:
     labels: Callable[[Any], tuple[str, ...]]
     primary_metric: str
     higher_is_better: bool
-    model: str
-    loss: str
-    augment: str = ""
+    model: str | Callable[..., Any]
+    loss: str | Callable[..., Any]
+    augment: str | Callable[..., Any] = ""
     samples: SampleFormat | None = None
 
     def build_model(self, config: Any) -> Any:
@@ -112,7 +112,9 @@ class Application:
             raise ConfigError(f"{origin}: the configuration is nested too deeply") from None
 
 
-def resolve(reference: str) -> Any:
+def resolve(reference: str | Callable[..., Any]) -> Any:
+    if not isinstance(reference, str):
+        return reference
     module, _, attribute = reference.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
