@@ -307,10 +307,12 @@ class RoundEngine:
         metrics = record.held_out or record.evaluation
         folder = self.out / f"round-{number:05d}"
         # The history first: a crash before the checkpoint repeats the round, and its line is superseded.
-        record.model_sha256 = atomic.sha256_bytes(array_format.to_bytes(self.arrays))
+        checkpoint = Checkpoint(self._manifest(number, metrics), self.arrays, state)
+        encoded = checkpoint.encoded()
+        record.model_sha256 = encoded.sha256
         self.history.append(record)
         self.selector.note(record)
-        Checkpoint(self._manifest(number, metrics), self.arrays, state).save(folder)
+        checkpoint.save(folder, encoded)
         atomic.point_to(self.out / checkpoints.LATEST, folder.name)
         self.done = number
         for old in sorted(self.out.glob("round-*"))[:-KEEP_ROUNDS]:

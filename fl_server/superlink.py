@@ -33,6 +33,7 @@ from fl_server.tunnel import TunnelServer
 
 KEEP_ALIVE_SECONDS = 300  # else each slow poll pays a TLS handshake
 DEFAULT_RUN = "run"
+REUSED_BYTES = 2 << 20  # objects of 1 MiB and what TLS and SQLite make of them
 START_SECONDS, DRAIN_SECONDS, CLOSE_SECONDS = 30.0, 15.0, 1
 
 
@@ -66,7 +67,7 @@ class SuperLink:
     def __init__(self, home: ServerHome, *, port: int | None = None) -> None:
         self.home = home
         home.check()
-        return_memory_early()  # uploads come and go by megabytes, in several threads
+        return_memory_early(reused_bytes=REUSED_BYTES)  # uploads come and go by megabytes, in several threads
         listen = home.settings.listen
         self._socket = bind(listen.host, listen.port if port is None else port)
         self.port: int = self._socket.getsockname()[1]

@@ -56,6 +56,7 @@ STATE_PATH, STATE_KEYS = "/fieldfleet/v1/state", ("device", "capabilities")
 TELEMETRY, SETTLE, CONDITION = "telemetry", "settle", "condition"
 CONDITION_S = 5.0  # between looks at the device's own condition
 ANNOUNCED = ("joined", "away", "refused", "worker_failed", "waiting", "paused", "resumed")
+REUSED_BYTES = 2 << 20  # while a model comes or goes; the fleet link gives it back
 FIRST_SETTLE_S, SETTLE_S = 8.0, 1_800.0  # give back what only the start, or a burst of work, needed of the libraries
 
 
@@ -145,7 +146,7 @@ class Agent:
 
     def run(self) -> None:
         """With ``once`` it raises what kept it from its task."""
-        return_memory_early()
+        return_memory_early(reused_bytes=REUSED_BYTES)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda _number, _frame: self.request_stop())

@@ -17,12 +17,14 @@ _PREFIX = struct.Struct(">4sI")
 
 
 def write_frame(stream: IO[bytes], header: dict[str, Any], blobs: Sequence[bytes] = ()) -> None:
-    head = json.dumps({**header, "sizes": [len(blob) for blob in blobs]}).encode()
-    stream.write(_PREFIX.pack(MAGIC, len(head)))
-    stream.write(head)
-    for blob in blobs:
-        stream.write(blob)
+    stream.writelines(parts(header, blobs))
     stream.flush()
+
+
+def parts(header: dict[str, Any], blobs: Sequence[bytes] = ()) -> list[bytes]:
+    """Joined they are the frame."""
+    head = json.dumps({**header, "sizes": [len(blob) for blob in blobs]}).encode()
+    return [_PREFIX.pack(MAGIC, len(head)), head, *blobs]
 
 
 def read_frame(stream: IO[bytes], *, origin: str) -> tuple[dict[str, Any], list[bytes]] | None:
@@ -40,9 +42,7 @@ def read_frame(stream: IO[bytes], *, origin: str) -> tuple[dict[str, Any], list[
 
 
 def to_bytes(header: dict[str, Any], blobs: Sequence[bytes] = ()) -> bytes:
-    stream = io.BytesIO()
-    write_frame(stream, header, blobs)
-    return stream.getvalue()
+    return b"".join(parts(header, blobs))
 
 
 def from_bytes(data: bytes, *, origin: str) -> tuple[dict[str, Any], list[bytes]]:

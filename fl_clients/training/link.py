@@ -26,12 +26,14 @@ from fl_core.contracts.errors import IntegrityError, RefusedError
 from fl_core.contracts.installed import package_version
 from fl_core.flower import wire
 from fl_core.link.backoff import Backoff
+from fl_core.runtime.machine import return_memory_now
 
 log = logging.getLogger(__name__)
 OnEvent = Callable[[str, Mapping[str, Any]], None]
 FIRST_BACKOFF, LAST_BACKOFF = 0.2, 30.0
 FIRST_REFUSED_BACKOFF, LAST_REFUSED_BACKOFF = 2.0, 60.0
 ROUTINE = ("message", "reply")
+LARGE_BYTES = 1 << 20  # of a reply: what it was made of is given back
 
 
 class FleetLink:
@@ -168,9 +170,15 @@ class FleetLink:
             return False
         self._tell("message", kind=instruction.kind, message_id=instruction.message_id)
         started = time.monotonic()
-        self.outbox.put(self._answer(instruction))
-        self._flush()
-        self._tell("reply", message_id=instruction.message_id, seconds=round(time.monotonic() - started, 3))
+        reply = self._answer(instruction)
+        message_id = instruction.message_id
+        del instruction  # a model: not needed while another one is sent
+        self.outbox.put(reply)
+        self._flush(reply)
+        if sum(map(len, reply.objects.values())) > LARGE_BYTES:
+            del reply
+            return_memory_now()
+        self._tell("reply", message_id=message_id, seconds=round(time.monotonic() - started, 3))
         return True
 
     def _answer(self, instruction: Instruction) -> wire.WireReply:
@@ -196,8 +204,8 @@ class FleetLink:
             self._tell("worker_failed", reason=str(error))
             return wire.error_reply(instruction.envelope, str(error))
 
-    def _flush(self) -> None:
-        for reply in self.outbox.waiting():
+    def _flush(self, fresh: wire.WireReply | None = None) -> None:
+        for reply in self.outbox.waiting(fresh):
             try:
                 self.client.push(reply)
             except (Gone, IntegrityError) as error:  # the round or the run is over: nobody waits for it any more

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fl_clients.training import frames
@@ -39,7 +40,7 @@ class Outbox:
         blobs = [reply.envelope, reply.tree, *reply.objects.values()]
         file = self._file(reply.instruction_id)
         try:
-            atomic.write_bytes(file, frames.to_bytes(header, blobs), mode=0o600)
+            atomic.write_parts(file, frames.parts(header, blobs), mode=0o600)
         except OSError as error:
             log.warning("%s: not written, kept in memory until the server has it: %s", file, error)
             self._unwritten[reply.instruction_id] = reply
@@ -52,16 +53,21 @@ class Outbox:
     def depth(self) -> int:
         return len(self._unwritten) + sum(1 for _ in self.folder.glob("*.reply"))
 
-    def waiting(self) -> list[WireReply]:
-        """Oldest first; a file that cannot be read is dropped (the server will deliver its instruction again)."""
-        replies = []
+    def waiting(self, fresh: WireReply | None = None) -> Iterator[WireReply]:
+        """Oldest first, one in memory at a time; ``fresh``, which was put just now, is not read again.
+
+        A file that cannot be read is dropped (the server will deliver its instruction again).
+        """
         for file in self._oldest_first():
+            if fresh is not None and file == self._file(fresh.instruction_id):
+                yield fresh
+                continue
             try:
-                replies.append(parse_reply(*frames.from_bytes(file.read_bytes(), origin=str(file)), origin=str(file)))
+                yield parse_reply(*frames.from_bytes(file.read_bytes(), origin=str(file)), origin=str(file))
             except IntegrityError as error:
                 log.warning("dropped an unreadable reply: %s", error.message)
                 file.unlink(missing_ok=True)
-        return [*replies, *self._unwritten.values()]
+        yield from list(self._unwritten.values())
 
     def _oldest_first(self) -> list[Path]:
         return sorted(self.folder.glob("*.reply"), key=lambda f: f.stat().st_mtime_ns)

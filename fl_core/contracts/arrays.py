@@ -36,7 +36,7 @@ def fingerprint(arrays: Arrays) -> str:
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")
         digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
-        digest.update(array.tobytes())
+        digest.update(array.reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 

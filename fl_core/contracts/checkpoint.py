@@ -13,7 +13,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "numpy": np.__version__}
 
 
+class Encoded(NamedTuple):
+    """A model as safetensors, and its sha256."""
+
+    data: bytes
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """``state`` holds what a resumed run needs beside the model (optimiser, aggregator, counters), by file name."""
@@ -44,12 +51,20 @@ class Checkpoint:
     arrays: Arrays
     state: Mapping[str, bytes] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> CheckpointManifest:
-        """Write atomically; returns the manifest with its hash, time and versions filled in."""
+    def encoded(self) -> Encoded:
+        """The model as ``save`` will write it, for who needs its hash before."""
         data = array_format.to_bytes(self.arrays)
+        return Encoded(data, atomic.sha256_bytes(data))
+
+    def save(self, folder: Path, encoded: Encoded | None = None) -> CheckpointManifest:
+        """Write atomically; returns the manifest with its hash, time and versions filled in.
+
+        encoded: what ``encoded()`` of this checkpoint returned.
+        """
+        data, digest = encoded or self.encoded()
         manifest = dataclasses.replace(
             self.manifest,
-            model_sha256=atomic.sha256_bytes(data),
+            model_sha256=digest,
             created=self.manifest.created or now(),
             versions={**versions(), **self.manifest.versions},
         )

@@ -21,10 +21,11 @@ def get_arrays(model: nn.Module) -> dict[str, npt.NDArray[Any]]:
 
 def set_arrays(model: nn.Module, arrays: Arrays, *, origin: str) -> None:
     """Load by name. Raises IntegrityError naming ``origin`` and the array that does not fit or is not finite."""
-    check_like(arrays, get_arrays(model), origin=origin)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(torch.from_numpy(np.array(arrays[name])))
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    check_like(arrays, {name: tensor.cpu().numpy() for name, tensor in state.items()}, origin=origin)
+    for name, tensor in state.items():
+        value = arrays[name]
+        tensor.copy_(torch.from_numpy(value if value.flags.writeable else np.array(value)))
 
 
 def tensors(application: Application, config: Any, examples: Examples, device: str = "cpu") -> tuple[torch.Tensor, ...]:

@@ -63,10 +63,10 @@ def test_outbox_keeps_replies_in_order_over_a_restart(tmp_path: Path) -> None:
         box.put(reply(number))
     box.put(reply(1))
     assert [r.instruction_id[-1] for r in Outbox(tmp_path).waiting()] == ["3", "2", "1"]
-    assert Outbox(tmp_path).waiting()[0] == reply(3)
+    assert next(Outbox(tmp_path).waiting()) == reply(3)
     box.remove(reply(3).instruction_id)
     box.remove(reply(3).instruction_id)
-    assert len(box.waiting()) == 2
+    assert len(list(box.waiting())) == 2
 
 
 def test_outbox_drops_what_a_crash_left_behind(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_outbox_drops_what_a_crash_left_behind(tmp_path: Path) -> None:
     file = next(tmp_path.glob("*.reply"))
     file.write_bytes(file.read_bytes()[:-1])
     (tmp_path / ".half.tmp").write_bytes(b"half")
-    assert Outbox(tmp_path).waiting() == []
+    assert list(Outbox(tmp_path).waiting()) == []
     assert list(tmp_path.iterdir()) == []
 
 
