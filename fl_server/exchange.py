@@ -15,7 +15,7 @@ from typing import Any
 from flwr.app import Message, RecordDict
 
 from fl_core.contracts.errors import IntegrityError
-from fl_core.flower.adapter import Exchange
+from fl_core.flower.adapter import Exchange, Partial
 from fl_core.flower.grid import StreamGrid
 
 PARTIAL_BYTES = 256 << 20  # of replies that may lie on disk, counted, before their sum is saved in their place
@@ -56,7 +56,7 @@ class Talk:
     With ``wanted`` = 0 replies are looked at in the order of device names, whatever the order of arrival, and the result
     depends on who answered only. With ``wanted`` > 0 they are looked at as they arrive, until enough are usable.
 
-    partial() -> what has been counted so far, as bytes, or None where replies cannot be summed; facts() -> what the
+    partial() -> what has been counted so far, in pieces, or None where replies cannot be summed; facts() -> what the
     engine wants to have back with it. closing() is called when all waiting is over, before the end is noted.
     """
 
@@ -67,7 +67,7 @@ class Talk:
         look: Look,
         *,
         stop: threading.Event,
-        partial: Callable[[], bytes | None] = lambda: None,
+        partial: Callable[[], Partial | None] = lambda: None,
         facts: Callable[[], dict[str, Any]] = dict,
         closing: Callable[[], None] = lambda: None,
     ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import Message
 
 from fl_core.contracts.errors import Interrupted, RefusedError
-from fl_core.flower.adapter import Exchange, LinkStore, Run
+from fl_core.flower.adapter import Exchange, LinkStore, Partial, Run
 from fl_core.flower.grid import StreamGrid
 from fl_server.bell import Bell
 from fl_server.directory import Directory
@@ -137,7 +137,7 @@ class LinkGrid(StreamGrid):
         exchange: Exchange,
         facts: Mapping[str, Any],
         *,
-        partial: bytes | None = None,
+        partial: Partial | None = None,
         forget: Iterable[str] = (),
         late: Iterable[str] = (),
     ) -> None:

@@ -12,6 +12,7 @@ from fl_core.contracts import arrays as array_format
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.errors import IntegrityError
 from fl_core.contracts.sections import AlgorithmConfig
+from fl_core.flower.adapter import Partial
 from fl_core.flower.grid import StreamGrid
 from fl_core.flower.messages import Reply
 from fl_server.cohort import CohortResult
@@ -73,9 +74,9 @@ class Tally:
             "arrived": self._arrived,
         }
 
-    def partial(self) -> bytes | None:
+    def partial(self) -> Partial | None:
         """The sums so far; None where the algorithm holds whole updates: these stay in the store until the round ends."""
-        return None if self.state.held else array_format.to_bytes(self.aggregator.save(self.state))
+        return None if self.state.held else array_format.pieces(self.aggregator.save(self.state))
 
     def take_up(self, talk: Talk) -> None:
         """What an interrupted engine had counted and decided in this round."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -15,11 +15,36 @@ from safetensors.numpy import save as safetensors_save
 from fl_core.contracts.errors import IntegrityError
 
 Arrays = Mapping[str, npt.NDArray[np.generic]]
+PIECE_BYTES = 1 << 20
+SAFETENSORS_NAMES = {
+    **{f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint", "float") for bits in (16, 32, 64)},
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
 def to_bytes(arrays: Arrays) -> bytes:
     """safetensors; shapes are kept, those of 0 dimensions too (``ascontiguousarray`` would make them 1)."""
     return safetensors_save({name: np.asarray(a, order="C") for name, a in arrays.items()})
+
+
+def pieces(arrays: Arrays, size: int = PIECE_BYTES) -> Iterator[bytes | memoryview]:
+    """safetensors in pieces of at most about ``size`` bytes, for arrays too large to be copied whole; joined they are
+    what ``from_bytes`` reads. The arrays must not change meanwhile.
+    """
+    flat = {name: np.asarray(a, order="C").reshape(-1).view(np.uint8) for name, a in arrays.items()}
+    table, end = {}, 0
+    for name, a in arrays.items():
+        begin, end = end, end + a.nbytes
+        kind = SAFETENSORS_NAMES[a.dtype.name]
+        table[name] = {"dtype": kind, "shape": list(a.shape), "data_offsets": [begin, end]}
+    header = json.dumps(table).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little") + header
+    for data in flat.values():
+        for start in range(0, data.size, size):
+            yield data[start : start + size].data
 
 
 def from_bytes(data: bytes, *, origin: str) -> dict[str, npt.NDArray[np.generic]]:
@@ -36,7 +61,7 @@ def fingerprint(arrays: Arrays) -> str:
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")
         digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fl_core.contracts.errors import RefusedError
-from fl_core.flower.adapter import Exchange, without
+from fl_core.flower.adapter import Exchange, Partial, without
 
 
 class StreamGrid(Grid):
@@ -78,7 +78,7 @@ class StreamGrid(Grid):
         exchange: Exchange,
         facts: Mapping[str, Any],
         *,
-        partial: bytes | None = None,
+        partial: Partial | None = None,
         forget: Iterable[str] = (),
         late: Iterable[str] = (),
     ) -> None:
@@ -87,7 +87,7 @@ class StreamGrid(Grid):
         late: instructions that were not answered in time and are kept all the same.
         """
         before = self._noted.get(exchange.group, exchange)
-        kept = before.partial if partial is None else partial
+        kept = before.partial if partial is None else b"".join(partial)
         self._noted[exchange.group] = replace(before, facts=json.loads(json.dumps(facts)), partial=kept)
         self.forget(forget)
 

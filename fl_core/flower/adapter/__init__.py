@@ -8,7 +8,7 @@ from fl_core.contracts.offswitches import set_off_switches
 
 set_off_switches()
 
-from fl_core.flower.adapter.exchanges import Exchange, without  # noqa: E402 after the switches
+from fl_core.flower.adapter.exchanges import Exchange, Partial, without  # noqa: E402 after the switches
 from fl_core.flower.adapter.link_store import FleetAnswer, LinkStore  # noqa: E402 after the switches
 from fl_core.flower.adapter.messages import (  # noqa: E402
     Run,
@@ -23,6 +23,7 @@ __all__ = [
     "Exchange",
     "FleetAnswer",
     "LinkStore",
+    "Partial",
     "Run",
     "assume_identity",
     "deflate",

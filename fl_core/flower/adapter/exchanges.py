@@ -16,8 +16,12 @@ _TABLES = (
     "CREATE TABLE IF NOT EXISTS fieldfleet_runs (name TEXT PRIMARY KEY, run_id INTEGER NOT NULL)",
     "CREATE TABLE IF NOT EXISTS fieldfleet_exchanges (run_id INTEGER NOT NULL, name TEXT NOT NULL, round INTEGER NOT NULL, "
     "asked TEXT NOT NULL, nodes TEXT NOT NULL, facts TEXT NOT NULL, partial BLOB NOT NULL, PRIMARY KEY (run_id, name))",
+    # A model or two: in pieces, because SQLite and its caller hold a value whole, several times over.
+    "CREATE TABLE IF NOT EXISTS fieldfleet_partials (run_id INTEGER NOT NULL, name TEXT NOT NULL, position INTEGER NOT NULL, "
+    "piece BLOB NOT NULL, PRIMARY KEY (run_id, name, position))",
 )
 _ONE = "run_id=:r AND name=:g"
+Partial = Iterable[bytes | memoryview]  # a partial result in pieces
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +61,8 @@ class Exchanges:
 
     def forget_run(self, run_id: int) -> None:
         values = {"r": self._signed(run_id)}
-        self._query("DELETE FROM fieldfleet_exchanges WHERE run_id=:r", values)
+        for table in ("partials", "exchanges"):
+            self._query(f"DELETE FROM fieldfleet_{table} WHERE run_id=:r", values)  # noqa: S608 own names
         self._query("DELETE FROM fieldfleet_runs WHERE run_id=:r", values)
 
     def put(self, run_id: int, exchange: Exchange) -> None:
@@ -67,19 +72,27 @@ class Exchanges:
             "a": json.dumps(dict(exchange.asked)),
             "d": json.dumps(dict(exchange.nodes)),
             "f": json.dumps(exchange.facts),
-            "p": exchange.partial,
+            "p": b"",
         }
         self._query(
             "INSERT OR REPLACE INTO fieldfleet_exchanges (run_id, name, round, asked, nodes, facts, partial) "
             "VALUES (:r, :g, :n, :a, :d, :f, :p)",
             values,
         )
+        self._keep(run_id, exchange.group, [exchange.partial] if exchange.partial else [])
 
-    def note(self, run_id: int, group: str, facts: Mapping[str, Any], partial: bytes | None) -> None:
+    def note(self, run_id: int, group: str, facts: Mapping[str, Any], partial: Partial | None) -> None:
         """New facts; the partial result stays as it is when ``partial`` is None."""
-        values = {**self._key(run_id, group), "f": json.dumps(facts), "p": partial or b""}
-        kept = "" if partial is None else ", partial=:p"
-        self._query(f"UPDATE fieldfleet_exchanges SET facts=:f{kept} WHERE {_ONE}", values)  # noqa: S608 own names
+        values = {**self._key(run_id, group), "f": json.dumps(facts)}
+        self._query(f"UPDATE fieldfleet_exchanges SET facts=:f WHERE {_ONE}", values)  # noqa: S608 own names
+        if partial is not None:
+            self._keep(run_id, group, partial)
+
+    def _keep(self, run_id: int, group: str, partial: Partial) -> None:
+        key = self._key(run_id, group)
+        self._query(f"DELETE FROM fieldfleet_partials WHERE {_ONE}", key)  # noqa: S608 own names
+        for position, piece in enumerate(partial):
+            self._query("INSERT INTO fieldfleet_partials VALUES (:r, :g, :i, :p)", {**key, "i": position, "p": piece})
 
     def get(self, run_id: int, group: str) -> Exchange | None:
         rows = self._query(
@@ -89,26 +102,31 @@ class Exchanges:
         if not rows:
             return None
         row = rows[0]
+        query = f"SELECT piece FROM fieldfleet_partials WHERE {_ONE} ORDER BY position"  # noqa: S608 own names
+        pieces = [found["piece"] for found in self._query(query, self._key(run_id, group))]
         return Exchange(
             group=group,
             round=int(row["round"]),
             asked=json.loads(row["asked"]),
             nodes=json.loads(row["nodes"]),
             facts=json.loads(row["facts"]),
-            partial=bytes(row["partial"]),
+            partial=b"".join(pieces) or bytes(row["partial"]),  # older versions kept it there
         )
 
     def remove(self, run_id: int, through: int) -> list[str]:
         """Drop the exchanges of all rounds up to this one; returns the ids of their instructions."""
         values = {"r": self._signed(run_id), "n": through}
         found = self._query("SELECT asked FROM fieldfleet_exchanges WHERE run_id=:r AND round<=:n", values)
+        names = "(SELECT name FROM fieldfleet_exchanges WHERE run_id=:r AND round<=:n)"
+        self._query(f"DELETE FROM fieldfleet_partials WHERE run_id=:r AND name IN {names}", values)  # noqa: S608 own names
         self._query("DELETE FROM fieldfleet_exchanges WHERE run_id=:r AND round<=:n", values)
         return [i for row in found for i in json.loads(row["asked"]).values() if i]
 
     def discard(self, run_id: int, group: str) -> list[str]:
         """Drop one exchange; returns the ids of its instructions."""
         found = self.get(run_id, group)
-        self._query(f"DELETE FROM fieldfleet_exchanges WHERE {_ONE}", self._key(run_id, group))  # noqa: S608 own names
+        for table in ("partials", "exchanges"):
+            self._query(f"DELETE FROM fieldfleet_{table} WHERE {_ONE}", self._key(run_id, group))  # noqa: S608 own names
         return [i for i in found.asked.values() if i] if found else []
 
     def _key(self, run_id: int, group: str) -> dict[str, Any]:

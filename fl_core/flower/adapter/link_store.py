@@ -21,7 +21,7 @@ from flwr.supercore.run import Run
 from fl_core.contracts.errors import EnvironmentFault, IntegrityError
 from fl_core.flower import wire
 from fl_core.flower.adapter import stock
-from fl_core.flower.adapter.exchanges import Exchange, Exchanges, without
+from fl_core.flower.adapter.exchanges import Exchange, Exchanges, Partial, without
 from fl_core.flower.adapter.mailbox import Mailbox
 from fl_core.flower.adapter.messages import assume_identity, children, inflate, set_message_id, stamp
 from fl_core.flower.adapter.objects import Objects
@@ -88,6 +88,9 @@ def _open_state(database: Path) -> Any:
     config_loader = importlib.import_module("flwr.superlink.config_loader")
     logging.getLogger("flwr").setLevel(logging.ERROR)
     ours = {"cache_size": "-8000", "mmap_size": "0", "busy_timeout": "30000", "secure_delete": "FAST"}
+    ours["wal_autocheckpoint"] = str(
+        (64 << 20) // int(PAGE_BYTES)
+    )  # a round's pages are copied once, not at each commit
     theirs = {key: value for key, value in sql_mixin.SQLITE_PRAGMAS if key != "page_size"}
     sql_mixin.SQLITE_PRAGMAS = (("page_size", PAGE_BYTES), *{**theirs, **ours}.items())  # the size of pages comes first
     manager = config_loader.get_federation_manager()
@@ -252,7 +255,7 @@ class LinkStore:
         group: str,
         facts: Mapping[str, Any],
         *,
-        partial: bytes | None = None,
+        partial: Partial | None = None,
         forget: Iterable[str] = (),
     ) -> None:
         """What came of an exchange so far, and in the same transaction the end of what it needs no longer."""

@@ -20,7 +20,9 @@ _ADD_OBJECT = (
     "ON CONFLICT (object_id) DO UPDATE SET content=excluded.content, is_available=1 WHERE is_available=0"
 )
 _STORED = "SELECT object_id AS i, ref_count AS n FROM objects WHERE object_id IN (SELECT value FROM json_each(:ids))"
-_EDGES = "SELECT parent_id AS p, child_id AS c FROM object_children WHERE parent_id IN (SELECT value FROM json_each(:ids))"
+_EDGES = (
+    "SELECT parent_id AS p, child_id AS c FROM object_children WHERE parent_id IN (SELECT value FROM json_each(:ids))"
+)
 _COUNT = "UPDATE objects SET ref_count=ref_count+:n WHERE object_id=:i"
 _BATCH_BYTES = 1 << 20
 

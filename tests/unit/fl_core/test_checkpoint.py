@@ -259,3 +259,21 @@ def test_a_crash_between_two_renames_leaves_the_old_or_the_new(tmp_path: Path, c
 def test_eventually_reports_what_did_not_come_true() -> None:
     with pytest.raises(AssertionError, match="not true within"):
         eventually(lambda: os.getpid() < 0, timeout=0.05)
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_pieces_join_to_a_safetensors_file(size: int) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        **{f"{d}/ü": rng.integers(0, 2, (3, 2)).astype(d) for d in array_format.SAFETENSORS_NAMES},
+        "scalar": np.array(2.5),
+        "empty": np.zeros((0, 4), np.float32),
+        "turned": np.arange(6.0).reshape(2, 3).T,
+    }
+    found = [bytes(piece) for piece in array_format.pieces(arrays, size)]
+    assert max(map(len, found[1:])) <= size
+    again = array_format.from_bytes(b"".join(found), origin="test")
+    assert again.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert again[name].dtype == array.dtype
+        np.testing.assert_array_equal(again[name], array)

@@ -297,7 +297,7 @@ def test_what_is_noted_of_an_exchange_outlives_the_grid(superlink: SuperLink, tm
     assert sent.asked["van-0"] == "", "no such node"
     again = superlink.grid()
     assert again.recall("train-1") == sent
-    again.note(sent, {"a": 2}, partial=b"sums")
+    again.note(sent, {"a": 2}, partial=[b"su", b"ms"])
     again.note(sent, {"a": 3}, late=[sent.asked["van-1"]])
     found = superlink.grid().recall("train-1")
     assert found is not None
