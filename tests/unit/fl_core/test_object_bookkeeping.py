@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+from flwr.app import Message
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fl_core.contracts.errors import IntegrityError
-from fl_core.flower import wire
+from fl_core.flower import adapter, wire
 from fl_core.flower.adapter import LinkStore
+from fl_core.flower.messages import Reply
 
 Tree = tuple[Any, dict[str, bytes]]  # ObjectTree, contents by id
 
@@ -84,3 +88,23 @@ def test_a_reference_to_nothing_is_refused_and_undone(stores: tuple[LinkStore, L
     with pytest.raises(IntegrityError, match="not there"), ours.together():
         ours._objects.add(7, [(tree.object_id, contents[tree.object_id])], "test")
     assert content_of(ours) == [[], [], []]
+
+
+def test_arrays_joined_once_are_those_of_flower() -> None:
+    """Several chunks, equal ones that two arrays share, none at all; and chunks that are not what an array names."""
+    adapter.assume_identity(run_id=1, task_id=1, node_id=1)
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {"large": rng.normal(size=(700, 500)), "scalar": np.array(3.0), "empty": np.zeros((0, 3))}
+    arrays |= {"zeros": np.zeros(600_000, np.float32), "more zeros": np.zeros((2, 600_000), np.float32)}
+    reply = Reply(num_examples=1, metrics={}, arrays=arrays)
+    _, _, objects = adapter.deflate(Message(reply.to_record(), 1, "train"))
+    root = list(objects)[-1]
+    found = adapter.inflate(root, dict(objects), origin="test").content.array_records["arrays"]
+    expected = inflate_object_from_contents(root, dict(objects)).content.array_records["arrays"]  # type: ignore[attr-defined]
+    assert {n: vars(a)["data"] for n, a in found.items()} == {n: vars(a)["data"] for n, a in expected.items()}
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name].numpy(), array)
+    chunks = [i for i, content in objects.items() if content.startswith(b"ArrayChunk ")]
+    for wrong in (objects[root], b"ArrayChunk  1", b"", objects[list(objects)[-2]]):
+        with pytest.raises(IntegrityError, match="test: message is not readable"):
+            adapter.inflate(root, {**objects, chunks[0]: wrong}, origin="test")
