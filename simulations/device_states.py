@@ -9,7 +9,7 @@ import csv
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,12 +35,15 @@ class StateSource(Protocol):
 
     def states(self, time: float) -> Mapping[str, DeviceState]: ...
 
-    def trained(self, names: Sequence[str], time: float) -> None:
-        """These devices were asked at this time."""
+    def trained(self, names: Sequence[str], time: float, cost: float = TRAINING_COST) -> None:
+        """These devices were asked at this time, which costs them this share of their charge."""
 
 
 class SimulatedSelector:
-    """The server's selection over simulated devices. A device without a network is offline: nobody knows of it."""
+    """The server's selection over simulated devices. A device without a network is offline: nobody knows of it.
+
+    clock: the time in seconds; None = each round takes ``round_s``.
+    """
 
     def __init__(
         self,
@@ -50,8 +53,9 @@ class SimulatedSelector:
         seed: int,
         application: str,
         round_s: float = ROUND_S,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        self._source, self._round_s, self._now = source, round_s, 0.0
+        self._source, self._round_s, self._clock, self._now = source, round_s, clock, 0.0
         self._inner = StateSelector(
             settings,
             lambda: source.states(self._now),
@@ -67,11 +71,12 @@ class SimulatedSelector:
         return self._inner.choose(online, count, round=round)
 
     def note(self, record: RoundRecord) -> None:
-        self._source.trained([*record.clients, *record.refused, *record.late], self._time(record.round))
+        if self._clock is None:  # with a clock, devices train when they train
+            self._source.trained([*record.clients, *record.refused, *record.late], self._time(record.round))
         self._inner.note(record)
 
     def _time(self, round: int) -> float:
-        return (round - 1) * self._round_s
+        return self._clock() if self._clock is not None else (round - 1) * self._round_s
 
 
 class KnownData:
@@ -83,7 +88,7 @@ class KnownData:
     def states(self, time: float) -> Mapping[str, DeviceState]:
         return self._states
 
-    def trained(self, names: Sequence[str], time: float) -> None:
+    def trained(self, names: Sequence[str], time: float, cost: float = TRAINING_COST) -> None:
         """That changes nothing here."""
 
 
@@ -117,7 +122,7 @@ class TraceStates:
                 found[device] = self._states[device][at - 1]
         return found
 
-    def trained(self, names: Sequence[str], time: float) -> None:
+    def trained(self, names: Sequence[str], time: float, cost: float = TRAINING_COST) -> None:
         """A trace happened as it is written."""
 
 
@@ -202,10 +207,10 @@ class GeneratedStates:
             )
         return found
 
-    def trained(self, names: Sequence[str], time: float) -> None:
+    def trained(self, names: Sequence[str], time: float, cost: float = TRAINING_COST) -> None:
         self._advance(time)
         asked = np.isin(self._names, list(names))
-        self._level = np.maximum(0.0, self._level - TRAINING_COST * asked)
+        self._level = np.maximum(0.0, self._level - cost * asked)
 
     def _advance(self, time: float) -> None:
         for step in range(self._step, int(time // STEP_S)):

@@ -16,6 +16,7 @@ from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.errors import DataError
 from fl_core.contracts.sections import SelectionConfig
+from fl_core.flower.grid import StreamGrid
 from fl_core.learning.application import Application
 from fl_core.learning.client_states import SlotStates
 from fl_core.learning.examples import RawData
@@ -33,6 +34,9 @@ from simulations.engine.processes import ProcessWorkers, usable_cores
 from simulations.engine.select import choose
 from simulations.engine.work import ClientWorker
 from simulations.engine.workers import InlineWorkers, MakeWorker, Workers
+from simulations.virtual.fleet import Fleet, open_fleet
+from simulations.virtual.grid import VirtualGrid
+from simulations.virtual.setup import on_virtual_clock
 
 STATES = ".clients"  # of the run folder: what algorithms keep on each client
 
@@ -61,12 +65,14 @@ def simulate(
     round_s: float = ROUND_S,
     workers: int = 0,
     engine: str = AUTO,
+    devices: str | Fleet = "",
 ) -> Simulation:
     """Federate over the clients of ``raw``; the held-out ones are only evaluated on.
 
     device_states: "generated" or a trace's file, for the [selection] of the configuration; a round takes ``round_s``
     seconds of their time. workers: processes that train, one thread each (0 = one a core, 1 = this process).
-    engine: how local updates are done: "auto", or one of ``engine.select``.
+    engine: how local updates are done: "auto", or one of ``engine.select``. devices: "generated", a file or a Fleet: the
+    federation runs on a virtual clock, over devices of such speeds and links ("" = all equally fast, no clock).
 
     Raises DataError when no client is left to train.
     """
@@ -100,8 +106,17 @@ def simulate(
     chosen = choose(engine, learner, population, seed=seed)
     make = partial(ClientWorker, learner, population, chosen.build, seed=seed)
     with start_workers(make, workers, len(population)) as pool:
+        grid: StreamGrid = WorkerGrid(
+            Conductor(pool, population, block=chosen.block), learner.algorithm.aggregator.merge
+        )
+        selector = _selector(selection, device_states, population, seed, app.name, round_s)
+        if devices:
+            fleet = open_fleet(devices, seed) if isinstance(devices, str) else devices
+            grid, selector = on_virtual_clock(
+                grid, fleet, learner, population, initial, selection, device_states, seed=seed
+            )
         rounds = RoundEngine(
-            grid=WorkerGrid(Conductor(pool, population, block=chosen.block), learner.algorithm.aggregator.merge),
+            grid=grid,
             application=app,
             config=config,
             start=start,
@@ -112,8 +127,10 @@ def simulate(
             stage="simulation",
             on_round=on_round,
             evaluate_global=evaluate_global if len(held_examples) else None,
-            selector=_selector(selection, device_states, population, seed, app.name, round_s),
+            selector=selector,
         )
+        if isinstance(grid, VirtualGrid):
+            grid.start_at(sum(record.seconds for record in rounds.history.records))
         final = rounds.run()
     states.close()
     return Simulation(final, rounds.history.records, clients, held)

@@ -56,7 +56,9 @@ def run(args: argparse.Namespace) -> int:
             **settings(args),
         )
     manifest = checkpoints.load(result.final).manifest
+    facts = devices.results(args, app, result.history)
     document = {
+        **facts,
         "application": app.name,
         "checkpoint": str(result.final),
         "model_sha256": manifest.model_sha256,
@@ -72,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
         args,
         document,
         f"{result.final}: {len(result.history)} rounds over {len(result.clients)} {app.client_term}s; "
-        f"on {len(result.held_out)} held-out {app.client_term}s: {shown or 'not evaluated'}",
+        f"on {len(result.held_out)} held-out {app.client_term}s: {shown or 'not evaluated'}"
+        f"{devices.shown(facts)}",
     )
     check_applied(result.history)
     return 0
