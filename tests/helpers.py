@@ -51,6 +51,10 @@ def small_overrides(app: Application) -> list[str]:
             chosen.append("data.clients=4")
         elif type(value) is int and field.name == "image_size":
             chosen.append(f"data.image_size={min(value, 48)}")
+        elif type(value) is int and field.name == "size":
+            chosen.append(f"data.size={min(value, 8)}")
+        elif type(value) is int and field.name == "iterations":
+            chosen.append(f"data.iterations={min(value, 5)}")
         elif type(value) is int and field.name.endswith("_per_client"):
             chosen.append(f"data.{field.name}={min(value, 6)}")
     return chosen
