@@ -14,6 +14,7 @@ from fl_core.contracts.offswitches import set_off_switches
 ROOMS = (
     "fieldfleet.apps",
     "hpc_trainer.commands",
+    "hpc_trainer.performance.commands",
     "simulations.commands",
     "fl_server.commands",
     "fl_clients.commands",
