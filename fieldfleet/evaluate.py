@@ -113,15 +113,16 @@ def write_predictions(
 ) -> None:
     """example_id, client, label, then the predictions, then the application's own columns.
 
-    label is a name where a ``prediction`` names a class, and the number itself beside a ``score``.
+    label is a name where a ``prediction`` names a class, the number itself beside a ``score``, and left out where an
+    example has more than one.
     """
     labels, predicted = app.labels(config), app.postprocess(config, outputs)
     named = labels and "prediction" in predicted and examples.targets.dtype.kind in "iu"
-    truth = [labels[int(t)] if named else t for t in examples.targets]
+    truth = [labels[int(t)] if named else t for t in examples.targets] if examples.targets.ndim == 1 else []
     columns: dict[str, Any] = {
         "example_id": examples.columns["example_id"],
         "client": examples.columns["client"],
-        "label": truth,
+        **({"label": truth} if examples.targets.ndim == 1 else {}),
         **predicted,
         **{k: v for k, v in examples.columns.items() if k not in ("example_id", "client", "group")},
     }

@@ -55,6 +55,12 @@ def small_overrides(app: Application) -> list[str]:
             chosen.append(f"data.size={min(value, 8)}")
         elif type(value) is int and field.name == "iterations":
             chosen.append(f"data.iterations={min(value, 5)}")
+        elif type(value) is int and field.name in ("crop", "stride", "samples"):
+            chosen.append(f"data.{field.name}={min(value, 16)}")
+        elif type(value) is int and field.name in ("inlines", "crosslines"):
+            chosen.append(f"data.{field.name}={min(value, 24)}")
+        elif type(value) is int and field.name == "volumes_per_client":
+            chosen.append("data.volumes_per_client=2")
         elif type(value) is int and field.name.endswith("_per_client"):
             chosen.append(f"data.{field.name}={min(value, 6)}")
     return chosen

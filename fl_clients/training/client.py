@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from flwr.app import Error, Message, MessageType
 from torch import nn
 
@@ -26,7 +27,7 @@ from fl_core.learning.examples import ClientData, Examples
 from fl_core.learning.local_update import local_update
 from fl_core.learning.partition import client_data
 from fl_core.learning.personal import personal_names
-from fl_core.learning.torch_arrays import predict, set_arrays, tensors
+from fl_core.learning.torch_arrays import predict, prediction_batch, set_arrays, tensors
 
 log = logging.getLogger(__name__)
 Source = Callable[[Application, Any], Examples]
@@ -211,10 +212,13 @@ def evaluation(learner: Learner, examples: Examples) -> dict[str, float]:
     outputs = predict(learner.model, learner.application, learner.config, examples)
     found = dict(learner.application.metrics(learner.config, outputs, examples))
     learner.model.eval()
+    loss_function, size = learner.application.loss_function(), prediction_batch(examples)
+    sums = np.zeros(2)
     with torch.inference_mode():
-        result = learner.model(*tensors(learner.application, learner.config, examples))
-        numerator, denominator = learner.application.loss_function()(
-            result, torch.from_numpy(examples.targets), learner.config
-        )
-    found["loss"] = float(numerator / denominator)
+        for start in range(0, len(examples), size):
+            part = examples.take(slice(start, start + size))
+            result = learner.model(*tensors(learner.application, learner.config, part))
+            targets = torch.from_numpy(np.ascontiguousarray(part.targets))
+            sums += [float(v) for v in loss_function(result, targets, learner.config)]
+    found["loss"] = float(sums[0] / sums[1]) if sums[1] else math.nan
     return {k: v for k, v in found.items() if math.isfinite(v)}

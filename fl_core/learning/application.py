@@ -44,7 +44,8 @@ class Application:
     model, loss, augment: "module:attribute" of the torch half (or the callable itself, where nothing is found by name):
       build_model(config) -> Module with forward(*inputs) -> Tensor or tuple of Tensors;
       loss(outputs, targets, config) -> (numerator, denominator), both scalar Tensors: sums over the examples, never means;
-      augment(inputs, seeds, config) -> inputs, numpy (N, ...) arrays, ``seeds`` (N,) uint64 keyed by (seed, epoch, example).
+      augment(inputs, seeds, config) -> inputs, numpy (N, ...) arrays, ``seeds`` (N,) uint64 keyed by (seed, epoch, example);
+        or an ``Augmentation``, where the targets move with the inputs.
     samples: how a device collects this application's data one by one; None = only whole data sets.
     """
 

@@ -16,6 +16,7 @@ from fl_core.algorithms.base import ClientUpdate
 from fl_core.contracts.arrays import Arrays
 from fl_core.learning import seeding
 from fl_core.learning.application import Application
+from fl_core.learning.augmentation import Augmentation
 from fl_core.learning.examples import Examples
 from fl_core.learning.torch_arrays import get_arrays, set_arrays, tensors
 from fl_core.optimizers import build_optimizer
@@ -114,4 +115,8 @@ def augmented(
     """Augmentation keyed by example, never by worker or position in the batch."""
     if augment is None:
         return batch
-    return replace(batch, inputs=augment(batch.inputs, seeding.example_keys(base, np.asarray(index)), config))
+    keys = seeding.example_keys(base, np.asarray(index))
+    inputs = augment(batch.inputs, keys, config)
+    if isinstance(augment, Augmentation):
+        return replace(batch, inputs=inputs, targets=augment.targets(batch.targets, keys, config))
+    return replace(batch, inputs=inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,20 @@ def tensors(application: Application, config: Any, examples: Examples, device: s
     )
 
 
+BATCH, BATCH_VALUES = 512, 2**21  # examples at once, and input values at once: volumes have many values each
+
+
+def prediction_batch(examples: Examples) -> int:
+    """How many examples to predict at once: activations take many times the memory of the inputs."""
+    values = sum(math.prod(array.shape[1:]) for array in examples.inputs.values())
+    return max(1, min(BATCH, BATCH_VALUES // max(1, values)))
+
+
 def predict(
-    model: nn.Module, application: Application, config: Any, examples: Examples, *, batch_size: int = 512
+    model: nn.Module, application: Application, config: Any, examples: Examples, *, batch_size: int | None = None
 ) -> dict[str, npt.NDArray[Any]]:
     """Outputs by name, each (N, ...); evaluation mode is set and the former mode restored."""
+    batch_size = batch_size or prediction_batch(examples)
     names = [spec.name for spec in application.outputs(config)]
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     place = next(model.parameters())
