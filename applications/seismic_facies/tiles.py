@@ -5,7 +5,8 @@ Two ways to join, both by weights that add up to one at every voxel:
 * blended (margin 0): a tile's weight falls off towards its faces over half the overlap on each side, so that no voxel's label hangs on where a
   tile ends. For models whose field of view is about a tile, and for normalisation over the tile (group norm).
 * cut (margin m): what lies closer than m to an inner face of a tile does not count. With m at least the model's field of view
-  (``model.receptive_radius``) the result is the one of the whole volume at once.
+  (``model.receptive_radius``) the result is the one of the whole volume at once, where tiles lie on the model's coarsest
+  grid (sides of the volume are multiples of it).
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def ramp(side: int, overlap: int) -> Array:
     """(side,): rises over ``overlap`` samples, stays at one, falls: sine squared, never zero."""
     rise = np.minimum(1.0, (np.arange(side) + 0.5) / max(overlap, 1))
     edge = np.sin(np.pi / 2 * rise) ** 2
-    return np.minimum(edge, edge[::-1])
+    made: Array = np.minimum(edge, edge[::-1])
+    return made
 
 
 def cut(side: int, margin: int, first: bool, last: bool) -> Array:
