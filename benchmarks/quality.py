@@ -1,7 +1,7 @@
-"""Quality on clients never trained on: pooled, federated, and the bundle that devices run; seeds, mean and interval.
+"""Quality on clients never trained on: pooled, federated, the bundle that devices run, and the floor; seeds, mean and interval.
 
-One result file per cell (application, data, variant, seed) under ``runs/benchmarks/quality``; a repeated call resumes.
-Real data where FIELDFLEET_DATA has it, else generated data. The seed changes the held-out clients and the initial model.
+One result file per cell (application, data, cell, seed) under ``runs/benchmarks/quality``; a repeated call resumes.
+Real data where FIELDFLEET_DATA has it, else generated data. The seed changes the held-out clients, generated data and batches.
 """
 
 from __future__ import annotations
@@ -13,74 +13,114 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fl_core.learning.application import application
-from fl_core.learning.sources import data_folder
+from fl_core.learning.partition import split_clients
+from fl_core.learning.sources import data_folder, open_data
 from fl_core.storage import atomic
 
 RESULTS = Path("runs/benchmarks/quality")
-ROUNDS = {"driver_conflict": 100, "plant_disease": 10, "toy_regression": 20}
+UNSEEN = "unseen_clients"
 T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # Student's t, two-sided 95 %, by degrees of freedom
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """rounds: of the federation; presets: further rows, pooled, row -> preset of the application."""
+
+    rounds: int = 20
+    presets: dict[str, str] = field(default_factory=dict)
+
+
+PLANS = {
+    "driver_conflict": Plan(rounds=100),
+    "plant_disease": Plan(rounds=10),
+    "seismic_facies": Plan(rounds=10, presets={"2-D twin": "twin"}),
+}
+QUICK = ["toy_regression", "driver_conflict"]
+Variants = dict[str, dict[str, Any]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality")
     parser.add_argument("--quick", action="store_true", help="one seed, generated toy and driving data, few rounds")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--apps", nargs="*", default=["driver_conflict", "plant_disease"])
+    parser.add_argument("--apps", nargs="*", default=list(PLANS))
+    parser.add_argument(
+        "--cells", nargs="*", help="only these: floor, pooled, federated, or a preset's row (default: all)"
+    )
     args = parser.parse_args(arguments)
-    apps = ["toy_regression", "driver_conflict"] if args.quick else args.apps
-    for name in apps:
+    for name in QUICK if args.quick else args.apps:
+        plan = PLANS.get(name, Plan())
+        cells = [c for c in ("floor", "pooled", *plan.presets, "federated") if not args.cells or c in args.cells]
         for seed in range(1 if args.quick else args.seeds):
-            run_cell(name, seed, quick=args.quick)
+            for cell in cells:
+                run_cell(name, cell, seed, plan, quick=args.quick)
         print_table(name, quick=args.quick)
     return 0
 
 
-def run_cell(name: str, seed: int, *, quick: bool) -> None:
-    """pretrain on all training clients (pooled); pretrain on 30 % of them, federate the rest, export, evaluate."""
-    path = cell_file(name, seed, quick=quick)
+def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> None:
+    """pooled: pretrain on all training clients. federated: pretrain on 30 % of them, federate the rest, export."""
+    path = cell_file(name, cell, seed, quick=quick)
     if path.is_file():
         return
     data = ["--data", "generated"] if quick else data_option(name)
-    rounds = 5 if quick else ROUNDS.get(name, 20)
-    settings = ["--set", "pretrain.epochs=2"] if quick else []
-    with tempfile.TemporaryDirectory() as temporary:
-        out = Path(temporary)
-        common = ["--seed", str(seed), *data, *settings]
-        pooled = call("pretrain", name, "--out", str(out / "pooled"), *common)
-        call("pretrain", name, "--out", str(out / "centre"), *common, "--set", "pretrain.client_share=0.3")
-        call(
-            "simulate",
-            name,
-            "--from",
-            str(out / "centre"),
-            "--rounds",
-            str(rounds),
-            "--out",
-            str(out / "global"),
-            *common,
-        )
-        call("export", str(out / "global"), "--out", str(out / "bundle"))
-        found = {
-            variant: unseen(call("evaluate", str(out / folder), *data, "--seed", str(seed)))
-            for variant, folder in (
-                ("pooled", "pooled"),
-                ("centre only", "centre"),
-                ("federated", "global"),
-                ("on the device", "bundle"),
-            )
-        }
-    atomic.write_json(
-        path, {"application": name, "seed": seed, "rounds": rounds, "data": pooled["data"], "variants": found}
-    )
+    rounds = 5 if quick else plan.rounds
+    common = ["--seed", str(seed), *data, *(["--set", "pretrain.epochs=2"] if quick else [])]
+    if cell == "floor":
+        found = floors(name, data[1], seed)
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            if cell == "federated":
+                found = federated(name, Path(temporary), rounds, common, seed)
+            else:
+                found = {
+                    cell: pooled(name, Path(temporary), [*common, "--preset", plan.presets.get(cell, "default")], seed)
+                }
+    document = {"application": name, "seed": seed, "rounds": rounds, "data": data[1], "variants": found}
+    atomic.write_json(path, document)
 
 
-def unseen(document: dict[str, Any]) -> dict[str, Any]:
+def pooled(name: str, out: Path, common: list[str], seed: int) -> dict[str, Any]:
+    call("pretrain", name, "--out", str(out / "pooled"), *common)
+    return judged(out / "pooled", common, seed)
+
+
+def federated(name: str, out: Path, rounds: int, common: list[str], seed: int) -> Variants:
+    call("pretrain", name, "--out", str(out / "centre"), *common, "--set", "pretrain.client_share=0.3")
+    begin = ["--from", str(out / "centre"), "--rounds", str(rounds)]
+    call("simulate", name, *begin, "--out", str(out / "global"), *common)
+    call("export", str(out / "global"), "--out", str(out / "bundle"))
+    rows = {"centre only": "centre", "federated": "global", "on the device": "bundle"}
+    return {row: judged(out / folder, common, seed) for row, folder in rows.items()}
+
+
+def judged(model: Path, common: list[str], seed: int) -> dict[str, Any]:
     """The groups of clients that training never saw."""
-    return {k: v for k, v in document["groups"].items() if k.endswith("unseen_clients")}
+    data = common[common.index("--data") : common.index("--data") + 2]
+    document = call("evaluate", str(model), *data, "--seed", str(seed))
+    return {k: v for k, v in document["groups"].items() if k.endswith(UNSEEN)}
+
+
+def floors(name: str, data: str, seed: int) -> Variants:
+    """The application's classical methods, on the clients that every other row is trained and judged on."""
+    app = application(name)
+    method, config = app.floor_function(), app.configure()
+    if method is None:
+        return {}
+    print(f"  floor of {name}, seed {seed}", file=sys.stderr, flush=True)
+    examples = open_data(app, config, data, seed=seed).raw.examples(config)
+    clients, held = split_clients(examples.clients(), config.data.holdout_fraction, seed)
+    test = examples.of_clients(held)
+    rows = method(config, examples.of_clients(clients), test, seed=seed)
+    return {
+        f"floor: {row}": {UNSEEN: {"num_examples": len(test), "metrics": app.metrics(config, outputs, test)}}
+        for row, outputs in rows.items()
+    }
 
 
 def data_option(name: str) -> list[str]:
@@ -88,9 +128,9 @@ def data_option(name: str) -> list[str]:
     return ["--data", str(folder) if folder else "generated"]
 
 
-def cell_file(name: str, seed: int, *, quick: bool) -> Path:
+def cell_file(name: str, cell: str, seed: int | str, *, quick: bool) -> Path:
     kind = "quick" if quick else Path(data_option(name)[1]).name
-    return RESULTS / f"{name}-{kind}-{seed}.json"
+    return RESULTS / f"{name}-{kind}-{cell.replace(' ', '_')}-{seed}.json"
 
 
 def call(*arguments: str) -> dict[str, Any]:
@@ -103,22 +143,22 @@ def call(*arguments: str) -> dict[str, Any]:
 
 
 def print_table(name: str, *, quick: bool) -> None:
-    files = sorted(RESULTS.glob(f"{cell_file(name, 0, quick=quick).name.removesuffix('0.json')}*.json"))
+    files = sorted(RESULTS.glob(cell_file(name, "*", "*", quick=quick).name))
     cells = [json.loads(f.read_text()) for f in files]
-    print(
-        f"{name} on {cells[0]['data']}, {len(cells)} seeds, {cells[0]['rounds']} rounds; mean ± half of the 95 % interval"
-    )
-    groups = dict.fromkeys(g for c in cells for v in c["variants"].values() for g in v)
-    for group in groups:
-        for variant in cells[0]["variants"]:
-            found = [c["variants"][variant][group] for c in cells if group in c["variants"][variant]]
+    print(f"{name} on {cells[0]['data']}, {cells[0]['rounds']} rounds; mean ± half of the 95 % interval over the seeds")
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        for variant, groups in cell["variants"].items():
+            rows.setdefault(variant, []).append(groups)
+    for group in dict.fromkeys(g for seeds in rows.values() for found in seeds for g in found):
+        for variant, seeds in rows.items():
+            found = [s[group] for s in seeds if group in s]
             if not found:  # every client of this group was trained on
-                print(f"  {group:28} {variant:14} none unseen")
+                print(f"  {group:28} {variant:34} none unseen")
                 continue
-            metrics = found[0]["metrics"]
-            values = {m: [f["metrics"][m] for f in found if m in f["metrics"]] for m in metrics}
+            values = {m: [f["metrics"][m] for f in found if m in f["metrics"]] for m in found[0]["metrics"]}
             print(
-                f"  {group:28} {variant:14} n={found[0]['num_examples']:6}  "
+                f"  {group:28} {variant:34} n={found[0]['num_examples']:6} seeds={len(found)}  "
                 + "  ".join(f"{m} {interval(v)}" for m, v in values.items())
             )
 

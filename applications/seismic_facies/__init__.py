@@ -25,4 +25,5 @@ APPLICATION = Application(
     model="applications.seismic_facies.model:build_model",
     loss="applications.seismic_facies.loss:loss",
     augment="applications.seismic_facies.augment:AUGMENTATION",
+    floor="applications.seismic_facies.floor:boosted_trees",
 )

@@ -18,6 +18,7 @@ from fl_core.learning.examples import Examples
 
 Array = npt.NDArray[Any]
 TRAINING_VOXELS = 60_000
+TREES = 120
 SMALL, LARGE = 2, 5  # half widths of the neighbourhoods, in samples
 
 
@@ -98,7 +99,7 @@ def boosted_trees(config: Config, train: Examples, test: Examples, *, seed: int)
             if len(pick):
                 xs.append(features(train, i)[pick])
                 ys.append(y[pick])
-        trees = HistGradientBoostingClassifier(max_iter=120, learning_rate=0.15, max_leaf_nodes=31, random_state=seed)
+        trees = HistGradientBoostingClassifier(max_iter=TREES, learning_rate=0.15, max_leaf_nodes=31, random_state=seed)
         trees.fit(np.concatenate(xs), np.concatenate(ys))
         made[name] = {"logits": np.stack([_logits(trees, features(test, i), config, test.targets[i].shape) for i in range(len(test))])}  # fmt: skip
     return made

@@ -54,8 +54,7 @@ def one_block(config: Config, ref: Reference, seed: int, client: int, number: in
     stretch, phase = house.uniform(0.85, 1.1), house.normal(0, 0.4)
     vintage = seeding.generator(seed, "seismic vintage", client)
     low, high = np.log(ref.noise_power)
-    # Between the quietest and the noisiest piece, with more surveys near the noisy end: log-uniform in the upper half.
-    power = d.noise**2 * np.exp(vintage.uniform((low + high) / 2, high))
+    power = d.noise**2 * np.exp(vintage.uniform(low, high))
     footprint = vintage.uniform(0.2, 1.0) * ref.footprint
     rng = seeding.generator(seed, "seismic block", client, number)
     shape = (d.inlines, d.crosslines, d.samples)

@@ -66,7 +66,7 @@ def series(rng: np.random.Generator) -> Array:
     made = np.zeros(AGES)
     at = 0.0
     while at < AGES - 1:
-        made[int(at)] += rng.normal()
+        made[int(at)] += rng.choice((-1.0, 1.0)) * rng.uniform(0.4, 1.2)  # no single reflection rules a volume
         at += 1 + rng.exponential(1.6)
     result: Array = made / made.std()
     return result

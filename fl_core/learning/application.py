@@ -46,6 +46,8 @@ class Application:
       loss(outputs, targets, config) -> (numerator, denominator), both scalar Tensors: sums over the examples, never means;
       augment(inputs, seeds, config) -> inputs, numpy (N, ...) arrays, ``seeds`` (N,) uint64 keyed by (seed, epoch, example);
         or an ``Augmentation``, where the targets move with the inputs.
+    floor: "module:attribute" of the classical methods to read the model's scores by:
+      floor(config, train, test, *, seed) -> name -> outputs on ``test``, as the model would give them.
     samples: how a device collects this application's data one by one; None = only whole data sets.
     """
 
@@ -68,6 +70,7 @@ class Application:
     model: str | Callable[..., Any]
     loss: str | Callable[..., Any]
     augment: str | Callable[..., Any] = ""
+    floor: str = ""
     samples: SampleFormat | None = None
 
     def build_model(self, config: Any) -> Any:
@@ -78,6 +81,9 @@ class Application:
 
     def augment_function(self) -> Callable[..., Any] | None:
         return resolve(self.augment) if self.augment else None
+
+    def floor_function(self) -> Callable[..., dict[str, dict[str, npt.NDArray[Any]]]] | None:
+        return resolve(self.floor) if self.floor else None
 
     def presets(self) -> dict[str, Any]:
         """Name -> resource of each preset of this application."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,30 @@ import torch
 import zarr
 from sklearn.metrics import confusion_matrix, jaccard_score, recall_score
 
-from applications.seismic_facies import APPLICATION, augment, data, generator, geology, metrics, survey, tiles
+from applications.seismic_facies import (
+    APPLICATION,
+    augment,
+    data,
+    floor,
+    generator,
+    geology,
+    metrics,
+    segment,
+    survey,
+    tiles,
+)
 from applications.seismic_facies.config import FACIES, Config
 from applications.seismic_facies.data import Volumes
 from applications.seismic_facies.model import receptive_radius
 from applications.seismic_facies.pipeline import UNLABELLED, probabilities
+from fl_core.contracts.checkpoint import Checkpoint
+from fl_core.contracts.config import to_table
 from fl_core.contracts.errors import ConfigError, DataError, InputError
+from fl_core.contracts.manifests import CheckpointManifest
 from fl_core.learning import seeding
+from fl_core.learning.examples import Examples
 from fl_core.learning.local_update import augmented
+from fl_core.learning.torch_arrays import get_arrays
 from fl_core.learning.windows import Windows
 from tests.helpers import same_examples
 
@@ -540,3 +557,74 @@ def test_tiles_that_leave_gaps_are_refused() -> None:
     ):
         with pytest.raises(InputError):
             run(shape, overlap, margin)
+
+
+# --- whole volumes, floors ---------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, preset: str = "default", *overrides: str) -> Path:
+    """An untrained small model as a checkpoint."""
+    config = APPLICATION.configure([*SMALL, "model.width=4", "model.levels=3", *overrides], preset=preset)
+    arrays = get_arrays(APPLICATION.build_model(config))
+    manifest = CheckpointManifest(
+        application="seismic_facies", config=to_table(config), stage="pretrain", clients_seen=["survey-000"]
+    )
+    Checkpoint(manifest, arrays).save(folder)
+    return folder
+
+
+def test_segment_labels_whole_volumes_scores_and_draws_them(
+    made: Volumes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.write(tmp_path / "d")
+    models = saved(tmp_path / "ours"), saved(tmp_path / "twin", "twin")
+    command = [
+        str(models[0]),
+        "--compare",
+        str(models[1]),
+        "--data",
+        str(tmp_path / "d"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert segment.main([*command, "--unseen", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["volumes"] == ["survey-001-block-0", "survey-001-block-1"]
+    counts, changes = np.zeros((6, 6), np.int64), np.zeros(4, np.int64)
+    for block in made.blocks[2:]:
+        labels = np.load(tmp_path / "out" / f"{block.name}.labels.npy")
+        assert labels.shape == block.amplitude.shape
+        counts += metrics.confusion(np.asarray(block.labels), labels, 6)
+        changes += metrics.slice_changes(np.asarray(block.labels), labels)
+    assert document["scores"][0] == {**metrics.segmentation_scores(counts), **metrics.continuity_scores(changes)}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<img") == 2
+    assert "<td>ours</td>" in page
+    assert "<td>twin</td>" in page
+    assert segment.main(command) == 2  # the folder is not empty
+
+
+def test_floors_answer_as_a_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strong and weak reflections, anywhere in depth: attributes tell them apart, depth does not."""
+    monkeypatch.setattr(floor, "TREES", 5)
+    rng = np.random.default_rng(0)
+    strong = rng.random(12) < 0.5
+    amplitude = rng.standard_normal((12, 1, 16, 16, 16)) * np.where(strong, 3, 0.3)[:, None, None, None, None]
+    labels = np.broadcast_to(strong[:, None, None, None], (12, 16, 16, 16)).astype(np.uint8).copy()
+    labels[0, :4] = UNLABELLED
+    columns = {"sample": rng.integers(0, 40, 12)}
+    examples = Examples({"amplitude": amplitude.astype(np.float32)}, labels, columns)
+    train, test = examples.take(slice(0, 8)), examples.take(slice(8, 12))
+    found = floor.boosted_trees(CONFIG, train, test, seed=0)
+    scores = {name: metrics.metrics(CONFIG, outputs, test)["pixel_accuracy"] for name, outputs in found.items()}
+    assert list(scores) == ["attributes with boosted trees", "depth alone"]
+    assert all(o["logits"].shape == (4, 6, 16, 16, 16) for o in found.values())
+    assert scores["attributes with boosted trees"] > 0.95
+    assert scores["depth alone"] < 0.9
+
+
+def test_box_mean_against_plain_loops() -> None:
+    cube = np.random.default_rng(0).standard_normal((5, 6, 7))
+    padded = np.pad(cube, 2, mode="symmetric")
+    expected = np.array([padded[i : i + 5, j : j + 5, k : k + 5].mean() for i, j, k in np.ndindex(5, 6, 7)])
+    np.testing.assert_allclose(floor.box_mean(cube, 2).ravel(), expected, atol=1e-6)
