@@ -1,4 +1,4 @@
-"""Augmentation in training only, keyed by the examples' seeds: mirrored and exchanged lateral axes, gain, polarity.
+"""Augmentation in training only, keyed by the examples' seeds: mirrored and exchanged lateral axes, gain.
 
 Depth keeps its direction: facies are read from top to bottom, and a wavelet has a front and a back.
 """
@@ -36,10 +36,10 @@ def moved(volumes: Array, seeds: Keys, config: Config) -> Array:
 
 
 def amplitudes(inputs: dict[str, Array], seeds: Keys, config: Config) -> dict[str, Array]:
-    """amplitude (N, 1, D, H, W) float32 -> the same, moved, with another gain and in half of the cases polarity."""
+    """amplitude (N, 1, D, H, W) float32 -> the same, moved, with another gain."""
     made = moved(inputs["amplitude"], seeds, config)
     normal = np.sqrt(-2 * np.log1p(-uniform(seeds, 3))) * np.cos(2 * np.pi * uniform(seeds, 4))
-    factor = np.exp(config.data.gain * normal) * np.where(uniform(seeds, 5) < 0.5, -1.0, 1.0)
+    factor = np.exp(config.data.gain * normal)
     return {**inputs, "amplitude": made * factor.astype(np.float32)[:, None, None, None, None]}
 
 

@@ -85,11 +85,11 @@ def texture(rng: np.random.Generator, facies: int, unit: Array, age: Array) -> A
     if facies == PARALLEL:
         return at_age(series(rng), below)
     if facies == WAVY:
-        wave = smooth_field(rng, shape[:2], (3.0, 3.0)) * rng.uniform(1.2, 2.4)
+        wave = smooth_field(rng, shape[:2], (3.0, 3.0)) * rng.uniform(1.5, 3.0)
         fade = 1 + 0.5 * smooth_field(rng, shape[:2], (4.0, 4.0))
         return at_age(series(rng), below + wave[x, y]) * fade[x, y]
     if facies == CLINOFORM:
-        angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.35, 0.8)
+        angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 0.9)
         return at_age(series(rng), below + slope * (x * np.cos(angle) + y * np.sin(angle)))
     if facies == CHAOTIC:
         return smooth_field(rng, shape, (1.5, 1.5, 0.5))[unit]
@@ -132,7 +132,7 @@ def block(rng: np.random.Generator, shape: tuple[int, int, int], style: Style) -
         facies = int(rng.choice(LAYERED, p=share / share.sum()))
         unit = (age >= surface) & (age < base)
         if unit.any():
-            made = texture(rng, facies, unit, age - surface) * np.exp(rng.normal(0, 0.35))
+            made = texture(rng, facies, unit, age - surface) * np.exp(rng.normal(0, 0.25))
             labels[unit] = facies
             reflectivity[unit] = made + rng.uniform(0.02, 0.12) * rng.standard_normal(len(made))
         surface = base
