@@ -14,7 +14,7 @@ from fl_clients.training.client import Learner, evaluation
 from fl_core.algorithms import build_algorithm
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
-from fl_core.contracts.errors import DataError
+from fl_core.contracts.errors import DataError, IntegrityError
 from fl_core.contracts.sections import SelectionConfig
 from fl_core.flower.grid import StreamGrid
 from fl_core.learning.application import Application
@@ -22,6 +22,7 @@ from fl_core.learning.client_states import SlotStates
 from fl_core.learning.examples import RawData
 from fl_core.learning.partition import split_clients
 from fl_core.learning.torch_arrays import get_arrays, set_arrays
+from fl_core.storage import atomic
 from fl_server.engine import RoundEngine
 from fl_server.history import RoundRecord
 from fl_server.selection import Selector, UniformSelector
@@ -34,10 +35,12 @@ from simulations.engine.processes import ProcessWorkers, usable_cores
 from simulations.engine.select import choose
 from simulations.engine.work import ClientWorker
 from simulations.engine.workers import InlineWorkers, MakeWorker, Workers
+from simulations.partitioners import partitioned
 from simulations.virtual.fleet import Fleet, open_fleet
 from simulations.virtual.grid import VirtualGrid
 from simulations.virtual.setup import on_virtual_clock
 
+PARTITION = ".partition"  # of the run folder: how the clients were made
 STATES = ".clients"  # of the run folder: what algorithms keep on each client
 
 
@@ -66,18 +69,23 @@ def simulate(
     workers: int = 0,
     engine: str = AUTO,
     devices: str | Fleet = "",
+    partition: str = "",
 ) -> Simulation:
     """Federate over the clients of ``raw``; the held-out ones are only evaluated on.
 
     device_states: "generated" or a trace's file, for the [selection] of the configuration; a round takes ``round_s``
     seconds of their time. workers: processes that train, one thread each (0 = one a core, 1 = this process).
     engine: how local updates are done: "auto", or one of ``engine.select``. devices: "generated", a file or a Fleet: the
-    federation runs on a virtual clock, over devices of such speeds and links ("" = all equally fast, no clock).
+    federation runs on a virtual clock, over devices of such speeds and links ("" = all equally fast, no clock). partition: deals the examples out to other clients, as
+    ``simulations.partitioners`` say ("" = those of the data).
 
     Raises DataError when no client is left to train.
     """
     torch.set_num_threads(1)
     examples = raw.examples(config)
+    if partition:
+        examples = partitioned(examples, partition, seed)
+    same_clients(out, partition)
     clients, held = split_clients(examples.clients(), config.data.holdout_fraction, seed)
     if not clients:
         raise DataError(f"{app.name}: the data set has no usable client")
@@ -134,6 +142,19 @@ def simulate(
         final = rounds.run()
     states.close()
     return Simulation(final, rounds.history.records, clients, held)
+
+
+def same_clients(out: Path, partition: str) -> None:
+    """A run folder is of one partition. Raises IntegrityError for a run with another one."""
+    note = out / PARTITION
+    before = note.read_text(encoding="utf-8") if note.is_file() else ""
+    if before != partition and any(out.glob("round-*")):
+        raise IntegrityError(
+            f"{out}: holds a run with the partition {before or 'of the data'!r}",
+            remedy="name a new --out folder, or repeat the command that began this run",
+        )
+    if before != partition:
+        atomic.write_bytes(note, partition.encode())
 
 
 def start_workers(make: MakeWorker, count: int, clients: int) -> Workers:

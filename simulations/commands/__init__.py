@@ -6,9 +6,9 @@ import argparse
 
 from fl_core.contracts.cli import Subparsers, command
 from fl_core.contracts.errors import InputError
-from simulations.commands import devices, engine, federation, flower_app
+from simulations.commands import devices, engine, federation, flower_app, partition
 
-OPTIONS = (federation, engine, devices, flower_app)
+OPTIONS = (federation, engine, devices, partition, flower_app)
 
 
 def add_commands(subparsers: Subparsers) -> None:
@@ -22,6 +22,8 @@ def run_simulate(args: argparse.Namespace) -> int:
         if args.application is not None:
             raise InputError(f"{args.application} and --flower-app: name one of them")
         return flower_app.run(args)
+    if args.plot_partition is not None and args.application is not None:
+        return partition.plot(args)
     missing = [
         name
         for name, key in (("APP", "application"), ("--rounds", "rounds"), ("--out", "out"))

@@ -11,7 +11,7 @@ from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.cli import emit
 from fl_core.contracts.progress import Progress
 from fl_core.learning.sources import data_option, open_data
-from simulations.commands import devices, engine
+from simulations.commands import devices, engine, partition
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of ``simulate``, from every group of options that has some."""
-    return {**engine.settings(args), **devices.settings(args)}
+    return {**engine.settings(args), **devices.settings(args), **partition.settings(args)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": str(result.final),
         "model_sha256": manifest.model_sha256,
         "data": found.origin,
+        "partition": args.partition,
         "rounds": len(result.history),
         "clients": list(result.clients),
         "held_out": list(result.held_out),
