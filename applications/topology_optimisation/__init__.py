@@ -24,4 +24,5 @@ APPLICATION = Application(
     higher_is_better=False,
     model="applications.topology_optimisation.model:build_model",
     loss="applications.topology_optimisation.loss:loss",
+    augment="applications.topology_optimisation.augment:AUGMENTATION",
 )

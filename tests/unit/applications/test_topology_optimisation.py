@@ -14,7 +14,18 @@ import numpy as np
 import pytest
 import torch
 
-from applications.topology_optimisation import APPLICATION, data, families, generator, metrics, pipeline, problems
+from applications.topology_optimisation import (
+    APPLICATION,
+    augment,
+    data,
+    families,
+    floor,
+    generator,
+    metrics,
+    pictures,
+    pipeline,
+    problems,
+)
 from applications.topology_optimisation import loss as losses
 from applications.topology_optimisation.model import CosineBlock, cosines, fill
 from fl_core.contracts.errors import ConfigError, DataError
@@ -238,6 +249,54 @@ def test_metrics_of_the_truth_and_of_worse_designs(designs: data.Designs) -> Non
     assert gone["failed"] == 1
     none = metrics.metrics(APPLICATION.configure([*SMALL, "data.judged=0"]), {"density": truth}, examples)
     assert "compliance_error" not in none
+
+
+@pytest.mark.parametrize("symmetry", augment.GROUPS["cube"][::7])
+def test_a_moved_problem_has_the_moved_response_and_design(symmetry: augment.Symmetry, designs: data.Designs) -> None:
+    """The moved inputs are those of the moved problem, analysed afresh; the moved design is as stiff."""
+    example = designs.items[1]
+    problem = pipeline.scaled(example.problem)
+    moved = problems.Problem(
+        shape=problem.shape,
+        force=augment.moved_vector(problem.force, symmetry),
+        fixed=augment.moved_vector(problem.fixed, symmetry, signed=False),
+        volume_fraction=problem.volume_fraction,
+    )
+    fresh = pipeline.response(moved, 8)
+    turned = augment._moved_response(pipeline.response(problem, 8), symmetry)
+    assert np.corrcoef(turned.ravel(), fresh.ravel())[0, 1] > 0.999  # both are solved to 1 % only
+    density = example.density.astype(np.float64)
+    stiff, same = metrics.compliance(problem, density), metrics.compliance(moved, augment.moved(density, symmetry))
+    assert same == pytest.approx(stiff, rel=1e-3)
+
+
+def test_symmetries_move_packed_targets_with_their_problem(designs: data.Designs) -> None:
+    config = APPLICATION.configure([*SMALL, "data.symmetry=cube"])
+    examples = designs.examples(config)
+    keys = np.arange(len(examples), dtype=np.uint64) * np.uint64(2**60 + 12345)
+    packed = pipeline.packed_targets(examples.targets, dict(examples.inputs))
+    moved = augment.targets(packed, keys, config)
+    inputs = augment.inputs(dict(examples.inputs), keys, config)
+    np.testing.assert_array_equal(pipeline.target_density(moved), augment.targets(examples.targets, keys, config))
+    np.testing.assert_array_equal(moved[:, 1:4], inputs["force"])
+    np.testing.assert_array_equal(moved[:, 4:7], inputs["fixed"])
+
+
+def test_the_floor_is_the_nearest_design_at_the_wanted_volume(designs: data.Designs) -> None:
+    examples = designs.examples(CONFIG)
+    same = floor.nearest_designs(examples, examples)
+    np.testing.assert_allclose(same, pipeline.target_density(examples.targets), atol=5e-3)
+    other = floor.filled(examples.targets[0], 0.6)
+    assert other.mean() == pytest.approx(0.6, abs=1e-6)
+
+
+def test_the_surface_of_a_ball_is_that_of_a_ball() -> None:
+    at = np.indices((24,) * 3) - 11.5
+    faces, normals = pictures.surface(np.clip(8.5 - np.sqrt((at**2).sum(axis=0)), 0, 1))
+    area = np.linalg.norm(np.cross(faces[:, 1] - faces[:, 0], faces[:, 2] - faces[:, 0]), axis=1).sum() / 2
+    assert area == pytest.approx(4 * np.pi * 8**2, rel=0.08)
+    assert (((faces.mean(axis=1) - 12) * normals).sum(axis=1) > 0).all()
+    assert pictures.structures({"ball": np.ones((4, 4, 4)), "nothing": np.zeros((4, 4, 4))}, "t").startswith(b"\x89PNG")
 
 
 def test_floating_counts_pieces_without_support() -> None:
