@@ -38,6 +38,7 @@ class Plan:
 PLANS = {
     "driver_conflict": Plan(rounds=100),
     "plant_disease": Plan(rounds=10),
+    "topology_optimisation": Plan(rounds=10),
     "seismic_facies": Plan(rounds=10, presets={"2-D twin": "twin"}),
 }
 QUICK = ["toy_regression", "driver_conflict"]

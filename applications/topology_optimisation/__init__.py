@@ -25,4 +25,5 @@ APPLICATION = Application(
     model="applications.topology_optimisation.model:build_model",
     loss="applications.topology_optimisation.loss:loss",
     augment="applications.topology_optimisation.augment:AUGMENTATION",
+    floor="applications.topology_optimisation.floor:nearest_design",
 )
