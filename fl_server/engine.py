@@ -14,6 +14,7 @@ import logging
 import math
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fl_core.algorithms import build_algorithm
 from fl_core.contracts import arrays as array_format
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.arrays import Arrays
-from fl_core.contracts.checkpoint import Checkpoint
+from fl_core.contracts.checkpoint import Checkpoint, Encoded
 from fl_core.contracts.config import to_table
 from fl_core.contracts.counted import to_arrays as counted_arrays
 from fl_core.contracts.errors import EnvironmentFault, IntegrityError, RefusedError
@@ -51,7 +52,8 @@ class RoundEngine:
     """``run()`` goes from ``start`` to the checkpoint ``out/final``; an interrupted ``out`` is taken up where it stood.
 
     on_round: called with each finished RoundRecord. selector: who is asked (default: uniformly).
-    stop: when it is set (and the grid woken) the engine ends with Interrupted and can be run again. evaluate_global(arrays) -> metrics: the server's own evaluation.
+    stop: when it is set (and the grid woken) the engine ends with Interrupted and can be run again. save_seconds: rounds
+    that end sooner after the last checkpoint have none (the last one has); what was killed repeats them. evaluate_global(arrays) -> metrics: the server's own evaluation.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class RoundEngine:
         evaluate_global: Callable[[Arrays], dict[str, float]] | None = None,
         selector: Selector | None = None,
         stop: threading.Event | None = None,
+        save_seconds: float = 0.0,
     ) -> None:
         self.grid, self.application, self.config = grid, application, config
         self.start, self.num_rounds, self.seed, self.out, self.stage = start, num_rounds, seed, out, stage
@@ -85,6 +88,7 @@ class RoundEngine:
         self.arrays: Arrays = initial
         self.done = 0
         self.stop = stop or threading.Event()
+        self.save_seconds, self._saved_at = save_seconds, -math.inf
         self.stale: dict[str, tuple[str, int]] = {}
         self.seen: set[str] = set(start.manifest.clients_seen) if start else set()
         self.table = to_table(config)
@@ -300,21 +304,25 @@ class RoundEngine:
         )
 
     def _save(self, number: int, record: RoundRecord) -> None:
+        data = array_format.to_bytes(self.arrays)
+        encoded = Encoded(data, atomic.sha256_bytes(data))
+        record.model_sha256 = encoded.sha256
+        due = number == self.num_rounds or time.monotonic() - self._saved_at >= self.save_seconds
+        # The history first: a crash before the checkpoint repeats the round, and its line is superseded.
+        self.history.append(record, durable=due)
+        self.selector.note(record)
+        if due:
+            self._write(number, record.held_out or record.evaluation, encoded)
+
+    def _write(self, number: int, metrics: dict[str, float], encoded: Encoded) -> None:
         state = {
             STATE_NAME: array_format.to_bytes({**self.aggregator.save(), **self.average.save()}),
             STALE_NAME: json.dumps(self.stale).encode(),
         }
-        metrics = record.held_out or record.evaluation
         folder = self.out / f"round-{number:05d}"
-        # The history first: a crash before the checkpoint repeats the round, and its line is superseded.
-        checkpoint = Checkpoint(self._manifest(number, metrics), self.arrays, state)
-        encoded = checkpoint.encoded()
-        record.model_sha256 = encoded.sha256
-        self.history.append(record)
-        self.selector.note(record)
-        checkpoint.save(folder, encoded)
+        Checkpoint(self._manifest(number, metrics), self.arrays, state).save(folder, encoded)
         atomic.point_to(self.out / checkpoints.LATEST, folder.name)
-        self.done = number
+        self.done, self._saved_at = number, time.monotonic()
         for old in sorted(self.out.glob("round-*"))[:-KEEP_ROUNDS]:
             shutil.rmtree(old)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,41 @@ class RoundRecord:
     seconds: float = 0.0
     model_sha256: str = ""
 
+    @property
+    def named(self) -> int:
+        """Clients that it says something of, one by one."""
+        return len(self.clients) + len(self.refused) + len(self.skipped) + len(self.client_evaluation)
+
 
 class History:
-    """Append-only; after a resume the lines of rounds that are done again are superseded by later ones."""
+    """Append-only; after a resume the lines of rounds that are done again are superseded by later ones.
+
+    In memory older records lose what they say of single clients, once all records together name more than
+    ``IN_MEMORY`` of them; the file keeps everything.
+    """
+
+    IN_MEMORY = 100_000
 
     def __init__(self, folder: Path, *, resumed_round: int = 0) -> None:
         self.records = [r for r in read_history(folder) if r.round <= resumed_round]
         self._log = AppendLog(folder / FILE_NAME)
+        self._named, self._whole = 0, 0  # clients in memory; the first record that still names its own
+        for record in self.records:
+            self._bound(record)
 
-    def append(self, record: RoundRecord) -> None:
+    def append(self, record: RoundRecord, *, durable: bool = True) -> None:
         self.records.append(record)
-        self._log.append(asdict(record))
+        self._log.append({f.name: getattr(record, f.name) for f in fields(record)}, durable=durable)
+        self._bound(record)
+
+    def _bound(self, record: RoundRecord) -> None:
+        self._named += record.named
+        while self._named > self.IN_MEMORY and self.records[self._whole] is not record:
+            old = self.records[self._whole]
+            self._named -= old.named
+            for table in (old.clients, old.num_examples, old.refused, old.skipped, old.client_evaluation, old.bytes_up):
+                table.clear()
+            self._whole += 1
 
     def close(self) -> None:
         self._log.close()

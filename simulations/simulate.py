@@ -42,16 +42,21 @@ from simulations.virtual.setup import on_virtual_clock
 
 PARTITION = ".partition"  # of the run folder: how the clients were made
 STATES = ".clients"  # of the run folder: what algorithms keep on each client
+ENGINE_NAME = ".engine.json"
+SAVE_SECONDS = 1.0  # between checkpoints: what a kill costs at most, where writing would cost more than training
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """``final``: the folder of the last checkpoint; ``history``: one record a round; clients by name."""
+    """``final``: the folder of the last checkpoint; ``history``: one record a round; clients by name; ``engine``: how
+    local updates were done, in words.
+    """
 
     final: Path
     history: list[RoundRecord]
     clients: tuple[str, ...]
     held_out: tuple[str, ...]
+    engine: str = ""
 
 
 def simulate(
@@ -111,7 +116,8 @@ def simulate(
         return evaluation(learner, held_examples)
 
     selection = getattr(config, "selection", None) or SelectionConfig()
-    chosen = choose(engine, learner, population, seed=seed)
+    kept = learner.algorithm.client_update.stateful or bool(config.algorithm.personal)
+    chosen = choose(engine, learner, population, rounds=num_rounds, seed=seed, kept=out / ENGINE_NAME)
     make = partial(ClientWorker, learner, population, chosen.build, seed=seed)
     with start_workers(make, workers, len(population)) as pool:
         grid: StreamGrid = WorkerGrid(
@@ -136,12 +142,13 @@ def simulate(
             on_round=on_round,
             evaluate_global=evaluate_global if len(held_examples) else None,
             selector=selector,
+            save_seconds=0.0 if kept or isinstance(grid, VirtualGrid) else SAVE_SECONDS,
         )
         if isinstance(grid, VirtualGrid):
             grid.start_at(sum(record.seconds for record in rounds.history.records))
         final = rounds.run()
     states.close()
-    return Simulation(final, rounds.history.records, clients, held)
+    return Simulation(final, rounds.history.records, clients, held, chosen.shown())
 
 
 def same_clients(out: Path, partition: str) -> None:

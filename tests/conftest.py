@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # so that ``tests.helpers`` is importable however pytest was started
     sys.path.insert(0, str(ROOT))
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fieldfleet-cache-")  # what is measured here is not kept
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests compare bits; two cores serve many processes
 
 from fl_core.contracts.offswitches import set_off_switches  # noqa: E402

@@ -31,6 +31,16 @@ def cpu_flags() -> tuple[str, ...]:
     return ()
 
 
+def cpu_name() -> str:
+    """The processor's model as the system names it, else its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    return found or platform.processor() or platform.machine()
+
+
 def resident_bytes() -> int:
     """Resident set size of this process in bytes; 0 where the system does not tell."""
     try:

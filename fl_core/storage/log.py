@@ -21,12 +21,13 @@ class AppendLog:
         if torn:
             self._file.write(b"\n")
 
-    def append(self, entry: dict[str, Any]) -> None:
+    def append(self, entry: dict[str, Any], *, durable: bool = True) -> None:
+        """durable: as the log is; False = this entry may be lost with the machine's power."""
         line = json.dumps(entry, sort_keys=True, allow_nan=False).encode() + b"\n"
         with self._lock:
             self._file.write(line)
             self._file.flush()
-            if self._durable:
+            if self._durable and durable:
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:

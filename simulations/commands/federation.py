@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "model_sha256": manifest.model_sha256,
         "data": found.origin,
         "partition": args.partition,
+        "engine": result.engine,
         "rounds": len(result.history),
         "clients": list(result.clients),
         "held_out": list(result.held_out),
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         document,
         f"{result.final}: {len(result.history)} rounds over {len(result.clients)} {app.client_term}s; "
         f"on {len(result.held_out)} held-out {app.client_term}s: {shown or 'not evaluated'}"
-        f"{devices.shown(facts)}",
+        f"{devices.shown(facts)}; engine: {result.engine}",
     )
     check_applied(result.history)
     return 0

@@ -81,7 +81,7 @@ class WorkerGrid(CohortGrid):
             if fact.refused:
                 result.refused[name] = fact.refused
             else:
-                result.clients[name], result.num_examples[name] = fact.metrics, fact.num_examples
+                result.clients[name], result.num_examples[name] = dict(fact.metrics), fact.num_examples
         return result
 
     # Flower's Grid: message by message

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,13 +37,12 @@ class Job:
     request: Request
 
 
-@dataclass(frozen=True)
-class ClientFact:
+class ClientFact(NamedTuple):
     """Of one client: its examples and metrics, or why it does not count."""
 
     client: int
     num_examples: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = {}
     refused: str = ""
 
 
@@ -120,7 +119,7 @@ class ClientWorker:
             return
         bad = self._screened(found, leaf, state.reference)
         facts += [
-            ClientFact(leaf[position], 0 if i in bad else found.num_examples[i], dict(found.metrics[i]), bad.get(i, ""))
+            ClientFact(leaf[position], 0 if i in bad else found.num_examples[i], found.metrics[i], bad.get(i, ""))
             for i, position in enumerate(found.positions)
         ]
         arrays, weights, extra = found.arrays, list(map(float, found.num_examples)), found.extra
@@ -168,7 +167,7 @@ class ClientWorker:
             name = self.population.name(client)
             try:
                 reply = evaluate_client(self.learner, name, self.data(client), job.request)
-                result.facts.append(ClientFact(client, reply.num_examples, dict(reply.metrics)))
+                result.facts.append(ClientFact(client, reply.num_examples, reply.metrics))
             except Exception as error:  # an application's own code
                 result.facts.append(ClientFact(client, refused=failure(name, error)))
         return result

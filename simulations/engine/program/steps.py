@@ -1,0 +1,194 @@
+"""The steps of a program: layers, the common operations without parameters, and regions of anything else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from simulations.engine.program.layers import Layer
+from simulations.engine.program.slots import Slot
+
+Values = dict[str, Any]
+Slots = dict[str, Slot]
+
+
+class Gradients:
+    """Of the values of one pass, by name: several uses of one value add up."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        self._found[name] = self._found[name] + gradient if name in self._found else gradient
+
+    def take(self, name: str) -> Tensor | None:
+        return self._found.pop(name, None)
+
+
+class Step(ABC):
+    """reads, writes: names of values. ``live`` ones depend on parameters, so gradients flow back through them."""
+
+    reads: Sequence[str]
+
+    @abstractmethod
+    def forward(self, values: Values, slots: Slots, clients: int) -> None: ...
+
+    @abstractmethod
+    def backward(self, grads: Gradients, slots: Slots, clients: int) -> None: ...
+
+
+class LayerStep(Step):
+    def __init__(self, layer: Layer, source: str, target: str, *, wanted: bool) -> None:
+        self.layer, self.source, self.target, self.wanted = layer, source, target, wanted
+        self.reads = (source,)
+
+    def forward(self, values: Values, slots: Slots, clients: int) -> None:
+        values[self.target] = self.layer.forward(values[self.source], slots, clients)
+
+    def backward(self, grads: Gradients, slots: Slots, clients: int) -> None:
+        dy = grads.take(self.target)
+        if dy is None:
+            raise RuntimeError(f"{self.target}: nothing that follows uses it")
+        dx = self.layer.backward(dy, slots, clients, wanted=self.wanted)
+        if dx is not None:
+            grads.add(self.source, dx)
+
+
+class ReluStep(Step):
+    """in_place: the source is a layer's output that nothing else reads."""
+
+    def __init__(self, source: str, target: str, *, in_place: bool) -> None:
+        self.source, self.target, self.in_place = source, target, in_place
+        self.reads = (source,)
+
+    def forward(self, values: Values, slots: Slots, clients: int) -> None:
+        x = values[self.source]
+        self._y = values[self.target] = x.relu_() if self.in_place else x.relu()
+
+    def backward(self, grads: Gradients, slots: Slots, clients: int) -> None:
+        dy = grads.take(self.target)
+        if dy is not None:
+            grads.add(self.source, torch.ops.aten.threshold_backward(dy, self._y, 0))
+        del self._y
+
+
+class SumStep(Step):
+    """Two values of one shape."""
+
+    def __init__(self, sources: tuple[str, str], target: str, live: frozenset[str]) -> None:
+        self.sources, self.target, self.live = sources, target, live
+        self.reads = sources
+
+    def forward(self, values: Values, slots: Slots, clients: int) -> None:
+        a, b = (values[name] for name in self.sources)
+        self._shapes = [a.shape, b.shape]
+        values[self.target] = a + b
+
+    def backward(self, grads: Gradients, slots: Slots, clients: int) -> None:
+        dy = grads.take(self.target)
+        if dy is None:
+            return
+        for name, shape in zip(self.sources, self._shapes, strict=True):
+            if name in self.live:
+                grads.add(name, dy if shape == dy.shape else dy.sum_to_size(shape))
+
+
+class MaxPoolStep(Step):
+    """Over the last one or two dimensions, channels last in memory. relu: of the result, which is cheaper than before."""
+
+    def __init__(
+        self,
+        source: str,
+        target: str,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        *,
+        relu: bool,
+    ) -> None:
+        self.source, self.target, self.relu = source, target, relu
+        self.reads = (source,)
+        self._row = len(kernel) == 1
+        one = [1] if self._row else []
+        self._settings: tuple[list[int], ...] = (
+            [*one, *kernel],
+            [*one, *stride],
+            [*([0] if self._row else []), *padding],
+        )
+
+    def forward(self, values: Values, slots: Slots, clients: int) -> None:
+        x = values[self.source]
+        x = (x.unsqueeze(2) if self._row else x).contiguous(memory_format=torch.channels_last)
+        kernel, stride, padding = self._settings
+        y, index = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding)
+        if self.relu:
+            y.relu_()
+        self._kept = x, y, index
+        values[self.target] = y.squeeze(2) if self._row else y
+
+    def backward(self, grads: Gradients, slots: Slots, clients: int) -> None:
+        dy = grads.take(self.target)
+        x, y, index = self._kept
+        del self._kept
+        if dy is None:
+            return
+        dy = dy.unsqueeze(2) if self._row else dy
+        if self.relu:
+            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        kernel, stride, padding = self._settings
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(dy, x, kernel, stride, padding, [1, 1], False, index)
+        grads.add(self.source, dx.squeeze(2) if self._row else dx)
+
+
+class Region(Step):
+    """Any operations without parameters, as the model wrote them; autograd goes back through these alone.
+
+    Where nothing ``live`` goes in, no gradient is recorded at all.
+    """
+
+    def __init__(
+        self, nodes: Sequence[fx.Node], run: Callable[[fx.Node, Mapping[str, Any]], Any], live: frozenset[str]
+    ) -> None:
+        inside = {n.name for n in nodes}
+        self.nodes, self._run = list(nodes), run
+        self.reads = tuple(dict.fromkeys(a.name for n in nodes for a in n.all_input_nodes if a.name not in inside))
+        self.writes = tuple(n.name for n in nodes if any(u.name not in inside for u in n.users))
+        self._sources = [name for name in self.reads if name in live]
+
+    def forward(self, values: Values, slots: Slots, clients: int) -> None:
+        local = {name: values[name] for name in self.reads}
+        self._inputs: dict[str, Tensor] = {}
+        for name in self._sources:
+            x = local[name]
+            if isinstance(x, Tensor) and x.is_floating_point():
+                local[name] = self._inputs[name] = x.detach().requires_grad_()
+        with torch.set_grad_enabled(bool(self._inputs)):
+            for node in self.nodes:
+                local[node.name] = self._run(node, local)
+        self._outputs: dict[str, Tensor] = {}
+        for name in self.writes:
+            y = local[name]
+            if isinstance(y, Tensor) and y.requires_grad:
+                self._outputs[name] = y
+                y = y.detach()
+            values[name] = y
+
+    def backward(self, grads: Gradients, slots: Slots, clients: int) -> None:
+        outputs, towards = [], []
+        for name, y in self._outputs.items():
+            dy = grads.take(name)
+            if dy is not None:
+                outputs.append(y)
+                towards.append(dy)
+        inputs = list(self._inputs.values())
+        if outputs and inputs:
+            found = torch.autograd.grad(outputs, inputs, towards, allow_unused=True)
+            for name, dx in zip(self._inputs, found, strict=True):
+                if dx is not None:
+                    grads.add(name, dx)
+        self._inputs, self._outputs = {}, {}

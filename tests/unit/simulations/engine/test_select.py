@@ -1,0 +1,77 @@
+"""Which path is taken: measured once, kept in a file and in the run folder; what does not fit falls back and says so."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from fl_core.contracts.errors import InputError
+from simulations.engine import select
+from simulations.engine.names import parsed
+from simulations.engine.select import choose
+from tests.helpers import refusal
+from tests.unit.simulations.engine.test_workers import Setup
+
+MANY = 10_000
+
+
+def test_names_with_stacks() -> None:
+    assert parsed("stacked:64") == ("stacked", 64)
+    assert parsed("auto") == ("auto", 0)
+    assert "known: auto, functional, fused, sequential, stacked" in str(refusal(InputError, lambda: parsed("magic")))
+    for wrong in ("stacked:0", "stacked:x", "fused:3", "stacked:-1", "stacked:99999"):
+        with pytest.raises(InputError, match="not usable"):
+            parsed(wrong)
+
+
+def test_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, cache = Setup("data.clients=80"), tmp_path / "cache" / "engines.json"
+    first = choose("auto", setup.learner, setup.population, rounds=MANY, seed=0, cache=cache)
+    assert {"sequential", "fused"} < set(first.rates)
+    assert first.rates[first.shown().partition(" ")[0]] == max(first.rates.values())
+    (entry,) = json.loads(cache.read_text()).values()
+    assert entry["name"] == first.name
+    monkeypatch.setattr(select, "measured", lambda *args: pytest.fail("measured again"))
+    again = choose("auto", setup.learner, setup.population, rounds=MANY, seed=0, cache=cache)
+    assert (again.name, again.block, again.why) == (first.name, first.block, "measured before")
+
+
+def test_another_training_is_measured_by_itself() -> None:
+    setups = [Setup(), Setup("optimizer.momentum=0.5"), Setup("model.hidden=9"), Setup("algorithm.batch_size=5")]
+    assert len({select.signature(s.learner, s.population, []) for s in setups}) == len(setups)
+
+
+def test_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
+    setup, kept = Setup(), tmp_path / "run" / ".engine.json"
+    first = choose("stacked:3", setup.learner, setup.population, rounds=1, seed=0, kept=kept)
+    assert (first.name, first.block) == ("stacked", 3)
+    again = choose("auto", setup.learner, setup.population, rounds=MANY, seed=0, kept=kept)
+    assert (again.name, again.block) == ("stacked", 3)
+
+
+def test_little_work_is_not_measured_first(tmp_path: Path) -> None:
+    setup = Setup()
+    found = choose("auto", setup.learner, setup.population, rounds=1, seed=0, cache=tmp_path / "engines.json")
+    assert found.name == "sequential"
+    assert not (tmp_path / "engines.json").exists()
+
+
+def test_what_does_not_fit_falls_back_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    setup = Setup("model.norm=batch")
+    with caplog.at_level(logging.WARNING):
+        found = choose("stacked", setup.learner, setup.population, rounds=1, seed=0)
+    assert found.name == "sequential"
+    assert "cannot be traced" in found.shown()
+    assert len(caplog.records) == 1
+    auto = choose("auto", setup.learner, setup.population, rounds=MANY, seed=0, cache=tmp_path / "engines.json")
+    assert auto.name == "sequential"
+
+
+def test_a_damaged_cache_is_measured_anew(tmp_path: Path) -> None:
+    setup, cache = Setup("data.clients=40"), tmp_path / "engines.json"
+    cache.write_bytes(b"{ not json")
+    assert choose("auto", setup.learner, setup.population, rounds=MANY, seed=0, cache=cache).rates
+    assert json.loads(cache.read_text())
