@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 
 from fl_core.algorithms import build_algorithm
 from fl_core.contracts import arrays as array_format
@@ -41,6 +41,7 @@ from fl_server.exchange import Plan, Talk
 from fl_server.history import History, RoundRecord, weighted_mean
 from fl_server.screening import read_reply
 from fl_server.selection import Selector, UniformSelector
+from fl_server.stream import Stream, check_mode
 from fl_server.tally import Tally
 
 log = logging.getLogger(__name__)
@@ -83,12 +84,17 @@ class RoundEngine:
         self.aggregator = algorithm.aggregator
         self.personal = personal_names(initial, self.settings.personal)
         self.stateful = algorithm.client_update.stateful or bool(self.personal)
+        self._contents: dict[str, RecordDict] = {}
         self.counted: dict[str, int] = {}  # device -> the round of its update that was counted last
         self.average = ModelAverage(self.settings.average_last, num_rounds)
         self.arrays: Arrays = initial
         self.done = 0
         self.stop = stop or threading.Event()
         self.save_seconds, self._saved_at = save_seconds, -math.inf
+        check_mode(self.settings, algorithm)
+        self.stream: Stream | None = None
+        if self.settings.mode == "async":
+            self.stream = Stream(grid, self.settings, self.selector, self._asynchronous, stop=self.stop)
         self.stale: dict[str, tuple[str, int]] = {}
         self.seen: set[str] = set(start.manifest.clients_seen) if start else set()
         self.table = to_table(config)
@@ -112,17 +118,19 @@ class RoundEngine:
                 raise
             raise EnvironmentFault(f"{self.out}: {error.strerror}", remedy=atomic.NO_SPACE_REMEDY) from None
         finally:
+            if self.stream is not None:
+                self.stream.close()
             self.history.close()
 
     def _round(self, number: int) -> None:
         began, record = self.grid.now(), RoundRecord(round=number)
         self.aggregator.population = max(1, self.grid.population())
         tally = Tally(self.aggregator, self.settings, self.shared, record, self.stale)
-        late = self._train(tally)
+        late = self._train(tally) if self.stream is None else self._fill(self.stream, tally)
         self._apply(tally)
         every = self.settings.evaluate_every
         if every and (number % every == 0 or number == self.num_rounds):
-            self._evaluate(record)
+            self._evaluate(record) if self.stream is None else self._evaluated(record, {})
         record.seconds = self.grid.now() - began
         self.stale = {name: (i, number) for name, i in late.items()} if self.settings.late == "next" else {}
         self._save(number, record)
@@ -134,6 +142,22 @@ class RoundEngine:
     def shared(self) -> Arrays:
         """The global model without the personal layers of the clients."""
         return {name: array for name, array in self.arrays.items() if name not in self.personal}
+
+    def _fill(self, stream: Stream, tally: Tally) -> dict[str, str]:
+        self._contents = {}
+        extra = self.aggregator.outgoing(self.shared)
+        tally.record.bytes_down = sum(a.nbytes for part in (self.arrays, extra) for a in part.values())
+        stream.fill(tally)
+        self._warn(tally.record)
+        return {}
+
+    def _asynchronous(self, version: int, name: str) -> RecordDict:
+        """What a device is sent: the same content for all of one model, but for what clients with a state are told."""
+        key = name if self.stateful else ""
+        if key not in self._contents:
+            extra = {**self.aggregator.outgoing(self.shared), **self._counted([name], self.stateful)}
+            self._contents = {key: self._request(version, extra).to_record()}
+        return self._contents[key]
 
     def _train(self, tally: Tally) -> dict[str, str]:
         """Count the round's replies; returns the instructions that were not answered in time, by device."""
@@ -227,7 +251,8 @@ class RoundEngine:
 
     def _note_counted(self, record: RoundRecord) -> None:
         if self.stateful and record.applied:
-            self.counted.update({**dict.fromkeys(record.clients, record.round), **record.late_counted})
+            counted = {name: record.round - record.staleness.get(name, 0) for name in record.clients}
+            self.counted.update({**counted, **record.late_counted})
 
     def _request(self, number: int, extra: Arrays) -> Request:
         return Request(

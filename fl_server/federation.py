@@ -12,6 +12,7 @@ from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.cli import output_folder
 from fl_core.contracts.errors import InputError, IntegrityError
 from fl_core.learning.application import Application, application
+from fl_server.stream import check_mode
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ def read_federation(args: argparse.Namespace) -> Federation:
     app = application(args.application)
     config = app.configure(args.overrides, preset=args.preset)
     check_name(config.optimizer)
-    build_algorithm(config.algorithm).client_update.check(config.optimizer)
+    algorithm = build_algorithm(config.algorithm)
+    algorithm.client_update.check(config.optimizer)
+    check_mode(config.algorithm, algorithm)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds}: at least one round is needed")
     start = checkpoints.load(args.start) if args.start else None

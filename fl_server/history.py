@@ -16,7 +16,8 @@ FILE_NAME = "history.jsonl"
 class RoundRecord:
     """clients: device -> metrics of its training reply; refused: device -> reason; late: no reply before the deadline;
     skipped: not asked, for a reason of the selection policy; late_counted: device -> the earlier round that it was
-    asked in; failed: why the round changed nothing, "" when it did. bytes_down: of the arrays that each device asked was
+    asked in; failed: why the round changed nothing, "" when it did. staleness: device -> how many models came
+    since the one that it trained, where there were some (asynchronous mode). bytes_down: of the arrays that each device asked was
     sent; bytes_up: device -> of the arrays that it sent. seconds: of the grid's time, virtual ones in a simulation with a
     clock of its own.
 
@@ -36,6 +37,7 @@ class RoundRecord:
     evaluation: dict[str, float] = field(default_factory=dict)
     client_evaluation: dict[str, dict[str, float]] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
+    staleness: dict[str, int] = field(default_factory=dict)
     bytes_down: int = 0
     bytes_up: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0

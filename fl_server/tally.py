@@ -38,9 +38,12 @@ class Tally:
         self.state = aggregator.begin(record.round, reference)
         self._arrived: list[str] | None = None  # the stale replies that count, once that is decided
 
-    def look(self, name: str, message: Message) -> int:
+    def look(self, name: str, message: Message, *, base: Arrays | None = None, staleness: int = 0) -> int:
+        """base, staleness: as of ``Update``, where the reply is of an older model."""
         reply = read_reply(message, name)
-        self._add(name, reply, 1.0)
+        self._add(name, reply, 1.0, base, staleness)
+        if staleness:
+            self.record.staleness[name] = staleness
         self.record.clients[name], self.record.num_examples[name] = dict(reply.metrics), reply.num_examples
         self.record.bytes_up[name] = sum(a.nbytes for part in (reply.arrays, reply.extra) for a in part.values())
         return self.record.bytes_up[name]
@@ -54,11 +57,13 @@ class Tally:
         parts = (self.reference, self.aggregator.expected(self.reference))
         self.record.bytes_up = dict.fromkeys(result.clients, sum(a.nbytes for part in parts for a in part.values()))
 
-    def _add(self, name: str, reply: Reply, factor: float) -> None:
-        screen_update(reply, self.reference, name, max_norm=self.settings.max_update_norm)
-        self.aggregator.screen(reply.extra, self.reference, origin=name)
+    def _add(self, name: str, reply: Reply, factor: float, base: Arrays | None = None, staleness: int = 0) -> None:
+        reference = self.reference if base is None else base
+        screen_update(reply, reference, name, max_norm=self.settings.max_update_norm)
+        self.aggregator.screen(reply.extra, reference, origin=name)
         weight = float(reply.num_examples) * factor
-        self.aggregator.add(self.state, Update(arrays=reply.arrays, weight=weight, extra=reply.extra))
+        update = Update(arrays=reply.arrays, weight=weight, extra=reply.extra, base=base, staleness=staleness)
+        self.aggregator.add(self.state, update)
 
     # across a restart
 

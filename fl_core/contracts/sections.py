@@ -51,6 +51,9 @@ class AlgorithmConfig:
         help="clients too slow for the deadline: without reply, or with what they have by then",
     )
     personal: tuple[str, ...] = sequence((), help="arrays of the model that stay on each client, as ['head.*']")
+    mode: str = choice("sync", "sync", "async", help="async: a model from each buffer of replies; fedbuff, fedasync")
+    buffer: int = number(10, low=1, help="async: replies that make a new model; fewer than there are devices")
+    max_staleness: int = number(0, low=0, help="async: replies of older models are refused; 0 = none is too old")
     local_epochs: int = number(1, low=1)
     batch_size: int = number(32, low=1)
     client_lr: float = number(0.0, low=0.0, help="learning rate of the local update; 0 = optimizer.lr")
