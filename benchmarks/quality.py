@@ -1,6 +1,7 @@
 """Quality on clients never trained on: pooled, federated, the bundle that devices run, and the floor; seeds, mean and interval.
 
-One result file per cell (application, data, cell, seed) under ``runs/benchmarks/quality``; a repeated call resumes.
+One result file per cell (application, data, cell, seed) under ``runs/benchmarks/quality``; a repeated call resumes, and takes up
+a training that was interrupted where it stopped.
 Real data where FIELDFLEET_DATA has it, else generated data. The seed changes the held-out clients, generated data and batches.
 """
 
@@ -8,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +40,7 @@ PLANS = {
     "driver_conflict": Plan(rounds=100),
     "plant_disease": Plan(rounds=10),
     "topology_optimisation": Plan(rounds=10),
-    "seismic_facies": Plan(rounds=10, presets={"2-D twin": "twin"}),
+    "seismic_facies": Plan(rounds=20, presets={"2-D twin": "twin"}),
 }
 QUICK = ["toy_regression", "driver_conflict"]
 Variants = dict[str, dict[str, Any]]
@@ -72,18 +73,17 @@ def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> Non
     data = ["--data", "generated"] if quick else data_option(name)
     rounds = 5 if quick else plan.rounds
     common = ["--seed", str(seed), *data, *(["--set", "pretrain.epochs=2"] if quick else [])]
+    work = RESULTS / "work" / path.stem
+    work.mkdir(parents=True, exist_ok=True)
     if cell == "floor":
         found = floors(name, data[1], seed)
+    elif cell == "federated":
+        found = federated(name, work, rounds, common, seed)
     else:
-        with tempfile.TemporaryDirectory() as temporary:
-            if cell == "federated":
-                found = federated(name, Path(temporary), rounds, common, seed)
-            else:
-                found = {
-                    cell: pooled(name, Path(temporary), [*common, "--preset", plan.presets.get(cell, "default")], seed)
-                }
+        found = {cell: pooled(name, work, [*common, "--preset", plan.presets.get(cell, "default")], seed)}
     document = {"application": name, "seed": seed, "rounds": rounds, "data": data[1], "variants": found}
     atomic.write_json(path, document)
+    shutil.rmtree(work)
 
 
 def pooled(name: str, out: Path, common: list[str], seed: int) -> dict[str, Any]:
@@ -95,7 +95,8 @@ def federated(name: str, out: Path, rounds: int, common: list[str], seed: int) -
     call("pretrain", name, "--out", str(out / "centre"), *common, "--set", "pretrain.client_share=0.3")
     begin = ["--from", str(out / "centre"), "--rounds", str(rounds)]
     call("simulate", name, *begin, "--out", str(out / "global"), *common)
-    call("export", str(out / "global"), "--out", str(out / "bundle"))
+    if not (out / "bundle").is_dir():  # it is there as a whole, or not at all
+        call("export", str(out / "global"), "--out", str(out / "bundle"))
     rows = {"centre only": "centre", "federated": "global", "on the device": "bundle"}
     return {row: judged(out / folder, common, seed) for row, folder in rows.items()}
 
