@@ -43,7 +43,7 @@ def style_of(seed: int, client: int) -> geology.Style:
         dip=rng.uniform(0.03, 0.15),
         faults=rng.uniform(0.3, 2.0),
         channels=rng.uniform(1.0, 3.5),
-        thickness=rng.uniform(15.0, 26.0),
+        thickness=rng.uniform(22.0, 40.0),
     )
 
 

@@ -96,6 +96,11 @@ def texture(rng: np.random.Generator, facies: int, unit: Array, age: Array) -> A
     return np.zeros(len(below))
 
 
+def contrast(rng: np.random.Generator) -> float:
+    """The reflection of a sequence boundary or a channel's base: two different rocks meet."""
+    return float(rng.choice((-1.0, 1.0)) * rng.uniform(0.5, 1.8))
+
+
 def channel_bodies(rng: np.random.Generator, age: Array, labels: Array, reflectivity: Array, count: int) -> None:
     """Sinuous incised channels, filled with concave layers, drawn into ``labels`` and ``reflectivity``."""
     shape = labels.shape
@@ -105,14 +110,15 @@ def channel_bodies(rng: np.random.Generator, age: Array, labels: Array, reflecti
         along = (x - shape[0] / 2) * np.cos(angle) + (y - shape[1] / 2) * np.sin(angle)
         across = -(x - shape[0] / 2) * np.sin(angle) + (y - shape[1] / 2) * np.cos(angle)
         bend = rng.uniform(3, 9) * np.sin(2 * np.pi * along / rng.uniform(30, 70) + rng.uniform(0, 2 * np.pi))
-        half, depth = rng.uniform(6, 12), rng.uniform(7, 14)
+        half, depth = rng.uniform(8, 15), rng.uniform(11, 20)
         place = ((across - bend - rng.uniform(-0.4, 0.4) * shape[1]) / half)[..., None]
         top = rng.uniform(0, shape[2])
         below = age - top
         inside = (np.abs(place) < 1) & (below >= 0) & (below <= depth * (1 - place**2))
         conformal = (below + 0.8 * depth * place**2)[inside]
         labels[inside] = CHANNEL
-        reflectivity[inside] = at_age(series(rng), conformal) * np.exp(rng.normal(0.2, 0.35))
+        reflectivity[inside] = at_age(series(rng), conformal) * np.exp(rng.normal(0.2, 0.25))
+        reflectivity[inside & (below > depth * (1 - place**2) - 1)] += contrast(rng)
 
 
 def block(rng: np.random.Generator, shape: tuple[int, int, int], style: Style) -> tuple[Array, Array]:
@@ -135,6 +141,7 @@ def block(rng: np.random.Generator, shape: tuple[int, int, int], style: Style) -
             made = texture(rng, facies, unit, age - surface) * np.exp(rng.normal(0, 0.25))
             labels[unit] = facies
             reflectivity[unit] = made + rng.uniform(0.02, 0.12) * rng.standard_normal(len(made))
+            reflectivity[unit & (age < surface + 1)] += contrast(rng)
         surface = base
     channel_bodies(rng, age, labels, reflectivity, int(rng.poisson(style.channels)))
     return labels, reflectivity

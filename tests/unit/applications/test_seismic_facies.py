@@ -84,7 +84,7 @@ def test_classes_of_another_data_set_have_no_generator() -> None:
 
 
 def test_labels_move_with_the_amplitudes(made: Volumes) -> None:
-    """An amplitude that shows its own label must still do so after augmentation, but for gain and polarity."""
+    """An amplitude that shows its own label must still do so after augmentation, but for the gain."""
     examples = made.examples(CONFIG)
     marked = examples.take(slice(0, 8))
     marked = type(marked)({"amplitude": marked.targets[:, None].astype(np.float32) + 1}, marked.targets, marked.columns)
