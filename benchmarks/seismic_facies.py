@@ -1,0 +1,98 @@
+"""seismic_facies on whole volumes of surveys never trained on: the 3-D net, its 2-D twin, the floors, and the goals.
+
+    python -m benchmarks.seismic_facies [--data DIR] [--seeds 3] [--quick]
+
+Both nets are trained by ``fieldfleet pretrain`` on the same data and judged by ``applications.seismic_facies.segment``, which also draws
+them side by side: runs/benchmarks/seismic_facies/seed-N/volumes/report.html. A repeated call resumes. Goals, on the mean of the
+seeds: mean IoU of at least 0.80, at least 0.10 above the floor, and at most half of the twin's excess label changes between slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.quality import UNSEEN, call, floors, interval
+from fl_core.storage import atomic
+
+APP = "seismic_facies"
+RESULTS = Path("runs/benchmarks/seismic_facies")
+NETS = {"3-D": "default", "2-D twin": "twin"}
+SMALL = ("clients=5", "volumes_per_client=2", "inlines=32", "crosslines=32", "samples=32", "crop=16", "stride=16")
+LEAST_IOU, ABOVE_FLOOR, MOST_CHANGES = 0.80, 0.10, 0.5
+Rows = dict[str, dict[str, float]]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.seismic_facies")
+    parser.add_argument("--data", default="generated", metavar="DIR", help="labelled volumes (default: generated)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one seed, small volumes, two epochs, no floor")
+    args = parser.parse_args(arguments)
+    seeds = [measured(args.data, seed, quick=args.quick) for seed in range(1 if args.quick else args.seeds)]
+    print(
+        f"{APP} on {args.data}, whole volumes of unseen surveys, {len(seeds)} seeds; mean ± half of the 95 % interval"
+    )
+    for row in seeds[0]:
+        names = seeds[0][row]
+        print(f"  {row:38} " + "  ".join(f"{m} {interval([s[row][m] for s in seeds])}" for m in names))
+    return 0 if args.quick else verdict(seeds)
+
+
+def measured(data: str, seed: int, *, quick: bool) -> Rows:
+    """Trained, segmented and scored once; ``rows.json`` keeps the result."""
+    folder = RESULTS / ("quick" if quick else Path(data).name) / f"seed-{seed}"
+    done = folder / "rows.json"
+    if done.is_file():
+        found: Rows = json.loads(done.read_text())
+        return found
+    common = ["--data", data, "--seed", str(seed)]
+    small = [f"--set=data.{s}" for s in SMALL] + ["--set=pretrain.epochs=2"] if quick else []
+    for row, preset in NETS.items():
+        call("pretrain", APP, "--preset", preset, "--out", str(folder / row.replace(" ", "-")), *common, *small)
+    scores = segmented(folder, common)
+    rows = dict(zip(NETS, scores, strict=True))
+    if not quick:
+        rows |= {name: groups[UNSEEN]["metrics"] for name, groups in floors(APP, data, seed).items()}
+    atomic.write_json(done, rows)
+    return rows
+
+
+def segmented(folder: Path, common: list[str]) -> list[dict[str, float]]:
+    """Both nets on the same whole volumes; the pictures stay in the folder."""
+    report = folder / "volumes" / "report.json"  # written with the folder, as a whole
+    if not report.is_file():
+        ours, twin = (str(folder / row.replace(" ", "-")) for row in NETS)
+        command = [sys.executable, "-m", "applications.seismic_facies.segment", ours, "--compare", twin, "--unseen"]
+        print("  segment", folder, file=sys.stderr, flush=True)
+        subprocess.run([*command, "--out", str(report.parent), *common], stdout=sys.stderr, check=True)
+    scores: list[dict[str, float]] = json.loads(report.read_text())["scores"]
+    return scores
+
+
+def verdict(seeds: list[Rows]) -> int:
+    """Prints each goal; 1 where one is missed."""
+
+    def mean(row: str, metric: str) -> float:
+        return statistics.mean(s[row][metric] for s in seeds)
+
+    iou = mean("3-D", "mean_iou")
+    floor = max(mean(row, "mean_iou") for row in seeds[0] if row.startswith("floor"))
+    ours, twin = (mean(row, "excess_slice_changes") for row in NETS)
+    goals = {
+        f"mean IoU {iou:.3f}, at least {LEAST_IOU}": iou >= LEAST_IOU,
+        f"above the floor of {floor:.3f} by at least {ABOVE_FLOOR}": iou - floor >= ABOVE_FLOOR,
+        f"excess changes {ours:.4f}, at most half of the twin's {twin:.4f}": ours <= MOST_CHANGES * twin,
+    }
+    for goal, met in goals.items():
+        print(f"  {'met   ' if met else 'MISSED'} {goal}")
+    return 0 if all(goals.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
