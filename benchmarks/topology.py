@@ -5,7 +5,7 @@
 Data sets are made once in DIR (train16, train32, test16, test32) by the application's solver, whose cost is printed apart;
 a killed run goes on where it stopped, in data, in training and in the table. Each cell trains from coarse to fine with the
 same weights: 16^3, then 32^3. Speed is processor time of one core on both sides, and the
-network's includes the analysis of the solid box that it is fed.
+network's, exported to ONNX, includes the analysis of the solid box that it is fed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ import torch
 from applications.topology_optimisation import APPLICATION, dataset, floor, metrics, pipeline
 from applications.topology_optimisation.generator import spec_of
 from applications.topology_optimisation.simp import Settings, Step, optimise
+from edge_export.onnx_file import write_onnx
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.errors import FieldfleetError
 from fl_core.learning.examples import Examples
-from fl_core.learning.torch_arrays import predict, set_arrays, tensors
+from fl_core.learning.torch_arrays import predict, set_arrays
 from fl_core.report.page import Page
+from fl_core.runtime.session import Session
 from fl_core.storage import atomic
 from hpc_trainer.processes import join
 from hpc_trainer.trainer import Trainer, TrainingData
@@ -70,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--optimizers", nargs="*", default=["adamw", "lamb", "soap", "kfac"])
     parser.add_argument("--epochs", type=int, nargs=2, default=(60, 20), metavar=("COARSE", "FINE"))
     parser.add_argument("--timed", type=int, default=4, help="test problems on which SIMP is run again for its time")
+    parser.add_argument("--tested", type=int, default=0, help="unseen problems of each grid (default: all in DIR)")
     parser.add_argument(
         "--large", type=int, nargs="*", default=[64, 128], help="sides of one problem each, without SIMP"
     )
@@ -86,16 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.as_it_is:
         make(data, plan)
     found = {name: read(data / name, side[0]) for name, side in plan.sets.items()}
+    for name in found:
+        if name.startswith("test"):
+            found[name] = found[name].take(slice(0, args.tested or None))
     for name, examples in found.items():
         cost = float(examples.columns["solver_seconds"].sum())
         print(f"{name:8} {len(examples):4} designs of {plan.sets[name][0]}^3, {cost:.0f} s of solving")
-    floors = {side: judge_floor(found, plan, side, out) for side in plan.sides}
     cells = []
     for architecture in args.architectures:
         for optimizer in args.optimizers:
             cells += run_cell(architecture, optimizer, found, plan, out)
-    print_table(cells, floors)
     speeds = speed(cells, found, plan, out)
+    floors = {side: judge_floor(found, plan, side, out) for side in plan.sides}
+    print_table(cells, floors)
     beyond(cells, data, args.large, plan, out)
     report(cells, floors, speeds, found, plan, out)
     return 0
@@ -275,6 +281,9 @@ def peak_memory() -> float:
 
 def measure_speed(cell: dict[str, Any], test: Examples, plan: Plan, out: Path) -> dict[str, float]:
     model, config = loaded(cell, out)
+    file = out / f"{cell['architecture']}-{cell['optimizer']}-{cell['side']}.onnx"
+    write_onnx(model, APPLICATION, config, test.take([0, 1]), file, opset=config.export.opset)
+    session = Session(file)  # one thread
     rows: list[list[float]] = []
     for index in range(min(plan.timed, len(test))):
         problem = pipeline.problem_of(dict(test.inputs), index)
@@ -283,12 +292,11 @@ def measure_speed(cell: dict[str, Any], test: Examples, plan: Plan, out: Path) -
         pipeline.prepared([problem], config)
         response = time.process_time() - began
         one = test.take([index])
-        with torch.inference_mode():
-            model(*tensors(APPLICATION, config, one))
-            began = time.process_time()
-            density = model(*tensors(APPLICATION, config, one))
-            forward = time.process_time() - began
-        target = metrics.compliance(problem, density[0].double().numpy())
+        session.run(one.inputs)
+        began = time.process_time()
+        density = session.run(one.inputs)["density"]
+        forward = time.process_time() - began
+        target = metrics.compliance(problem, density[0].astype(np.float64))
         full, equal, count = timed_simp(problem, config, target, plan.iterations)
         rows.append([full, equal, response + forward, response, count])
         print(f"  SIMP {full:.1f} s, network {response + forward:.3f} s", file=sys.stderr, flush=True)
