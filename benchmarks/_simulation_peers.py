@@ -51,10 +51,10 @@ def ours(name: str, clients: int, rounds: int, out: Path, engine: str = "auto") 
     first: list[Arrays] = []
     usual = Checkpoint.save
 
-    def save(self: Checkpoint, folder: Path) -> None:
+    def save(self: Checkpoint, *args: Any) -> Any:
         if not first:
             first.append({k: np.array(v) for k, v in self.arrays.items()})
-        usual(self, folder)
+        return usual(self, *args)
 
     Checkpoint.save = save  # type: ignore[method-assign]
 

@@ -119,7 +119,7 @@ class Federation:
             model=model.eval(),
             metrics=final.manifest.metrics,
             history=found.history,
-            clients=found.clients,
+            clients=tuple(found.clients),
             held_out=found.held_out,
             model_sha256=final.manifest.model_sha256,
             checkpoint=found.final if out else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from fl_core.contracts.sections import SelectionConfig
 from fl_core.flower.grid import StreamGrid
 from fl_core.learning.application import Application
 from fl_core.learning.client_states import SlotStates
-from fl_core.learning.examples import RawData
+from fl_core.learning.examples import Examples, RawData
 from fl_core.learning.partition import split_clients
 from fl_core.learning.torch_arrays import get_arrays, set_arrays
 from fl_core.storage import atomic
@@ -30,7 +30,7 @@ from simulations.device_states import ROUND_S, SimulatedSelector, open_states
 from simulations.engine.conductor import Conductor
 from simulations.engine.grid import WorkerGrid
 from simulations.engine.names import AUTO
-from simulations.engine.population import ExamplesPopulation, Population
+from simulations.engine.population import ExamplesPopulation, Names, Population
 from simulations.engine.processes import ProcessWorkers, usable_cores
 from simulations.engine.select import choose
 from simulations.engine.work import ClientWorker
@@ -54,7 +54,7 @@ class Simulation:
 
     final: Path
     history: list[RoundRecord]
-    clients: tuple[str, ...]
+    clients: Sequence[str]
     held_out: tuple[str, ...]
     engine: str = ""
 
@@ -62,7 +62,7 @@ class Simulation:
 def simulate(
     app: Application,
     config: Any,
-    raw: RawData,
+    raw: RawData | Population,
     *,
     start: Checkpoint | None,
     num_rounds: int,
@@ -76,7 +76,8 @@ def simulate(
     devices: str | Fleet = "",
     partition: str = "",
 ) -> Simulation:
-    """Federate over the clients of ``raw``; the held-out ones are only evaluated on.
+    """Federate over the clients of ``raw``; the held-out ones are only evaluated on. A Population has none, and makes
+    its clients' examples when they are asked for, so that memory does not grow with it.
 
     device_states: "generated" or a trace's file, for the [selection] of the configuration; a round takes ``round_s``
     seconds of their time. workers: processes that train, one thread each (0 = one a core, 1 = this process).
@@ -87,13 +88,9 @@ def simulate(
     Raises DataError when no client is left to train.
     """
     torch.set_num_threads(1)
-    examples = raw.examples(config)
-    if partition:
-        examples = partitioned(examples, partition, seed)
     same_clients(out, partition)
-    clients, held = split_clients(examples.clients(), config.data.holdout_fraction, seed)
-    if not clients:
-        raise DataError(f"{app.name}: the data set has no usable client")
+    population, held_examples, held = _opened(app, config, raw, partition, seed)
+    clients = Names(population)
     if len(clients) < config.algorithm.min_clients:
         raise DataError(
             f"{app.name}: {len(clients)} clients, {config.algorithm.min_clients} needed",
@@ -105,13 +102,12 @@ def simulate(
     model = learner.model
     if start is not None:
         set_arrays(model, start.arrays, origin="the starting checkpoint")
-    initial, held_examples = get_arrays(model), examples.of_clients(held)
-    population = ExamplesPopulation(examples, clients)
+    initial = get_arrays(model)
     states = SlotStates(out / STATES, population.find)
     learner = replace(learner, states=states)
-    del examples  # the population has its own, sorted
 
     def evaluate_global(arrays: Arrays) -> dict[str, float]:
+        assert held_examples is not None
         set_arrays(model, arrays, origin="global model")
         return evaluation(learner, held_examples)
 
@@ -140,7 +136,7 @@ def simulate(
             out=out,
             stage="simulation",
             on_round=on_round,
-            evaluate_global=evaluate_global if len(held_examples) else None,
+            evaluate_global=evaluate_global if held_examples else None,
             selector=selector,
             save_seconds=0.0 if kept or isinstance(grid, VirtualGrid) else SAVE_SECONDS,
         )
@@ -162,6 +158,28 @@ def same_clients(out: Path, partition: str) -> None:
         )
     if before != partition:
         atomic.write_bytes(note, partition.encode())
+
+
+def _opened(
+    app: Application, config: Any, raw: RawData | Population, partition: str, seed: int
+) -> tuple[Population, Examples | None, tuple[str, ...]]:
+    """(training clients, examples of the held-out ones or None, names of these)."""
+    if not isinstance(raw, RawData):
+        if partition or not len(raw):
+            raise DataError(
+                f"{app.name}: a population of {len(raw)} clients cannot be dealt out anew"
+                if partition
+                else f"{app.name}: the population is empty"
+            )
+        return raw, None, ()
+    examples = raw.examples(config)
+    if partition:
+        examples = partitioned(examples, partition, seed)
+    clients, held = split_clients(examples.clients(), config.data.holdout_fraction, seed)
+    if not clients:
+        raise DataError(f"{app.name}: the data set has no usable client")
+    held_examples = examples.of_clients(held)
+    return ExamplesPopulation(examples, clients), held_examples if len(held_examples) else None, held
 
 
 def start_workers(make: MakeWorker, count: int, clients: int) -> Workers:

@@ -24,7 +24,7 @@ from simulations.engine.placement import Unit
 from simulations.engine.population import Population
 from simulations.engine.summation import SumTree
 
-CACHE_BYTES = 512 << 20  # of clients' examples that a worker keeps from round to round
+CACHE_BYTES = 128 << 20  # of clients' examples that a worker keeps from round to round
 SUMS, REPLIES, EVALUATION = "sums", "replies", "evaluation"
 
 
