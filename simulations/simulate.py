@@ -88,8 +88,8 @@ def simulate(
     Raises DataError when no client is left to train.
     """
     torch.set_num_threads(1)
-    same_clients(out, partition)
     population, held_examples, held = _opened(app, config, raw, partition, seed)
+    same_clients(out, partition)
     clients = Names(population)
     if len(clients) < config.algorithm.min_clients:
         raise DataError(
@@ -164,7 +164,7 @@ def _opened(
     app: Application, config: Any, raw: RawData | Population, partition: str, seed: int
 ) -> tuple[Population, Examples | None, tuple[str, ...]]:
     """(training clients, examples of the held-out ones or None, names of these)."""
-    if not isinstance(raw, RawData):
+    if isinstance(raw, Population):
         if partition or not len(raw):
             raise DataError(
                 f"{app.name}: a population of {len(raw)} clients cannot be dealt out anew"

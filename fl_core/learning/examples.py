@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -85,7 +85,6 @@ class LocalData:
 DataSource = Partition | LocalData
 
 
-@runtime_checkable
 class RawData(Protocol):
     """A data set as its users hold it, before windows, crops and scaling; each application has its own class."""
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, overload
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 
 from fl_core.learning.examples import Examples
 
 
+@runtime_checkable
 class Population(Protocol):
     """``len`` clients, numbered in the sorted order of their names."""
 
