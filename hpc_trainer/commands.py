@@ -17,6 +17,7 @@ from fl_core.contracts.progress import Progress
 from fl_core.learning.application import Application, application
 from fl_core.learning.partition import split_clients
 from fl_core.learning.sources import FoundData, data_option, open_data
+from hpc_trainer import verify_command
 
 PROCESS_FAILED = "a training process ended with an error; its message is above"
 
@@ -29,6 +30,7 @@ def add_commands(subparsers: Subparsers) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="run folder; an interrupted run is taken up"
     )
     parser.add_argument("--procs", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
+    verify_command.add_command(subparsers)
 
 
 def run_pretrain(args: argparse.Namespace) -> int:
@@ -42,9 +44,9 @@ def run_pretrain(args: argparse.Namespace) -> int:
     output_folder(args.out, resume=any(args.out.glob("epoch-*")) if args.out.is_dir() else False)
     if under_launcher() or args.procs == 1:
         return train_here(args, app, config, open_data(app, config, args.data, seed=args.seed))
-    from hpc_trainer.trainer import refuse_local_batch_norm
+    from hpc_trainer.layout import mesh_sizes
 
-    refuse_local_batch_norm(config, args.procs)
+    mesh_sizes(config.pretrain, args.procs)
     build_optimizer(app.build_model(config), config.optimizer)
     training_data(app, config, open_data(app, config, args.data, seed=args.seed), args.seed)  # refused before any start
     return start_torchrun(args.procs)
@@ -105,9 +107,10 @@ def train_here(args: argparse.Namespace, app: Application, config: Any, found: F
     import torch
 
     from hpc_trainer.processes import join
+    from hpc_trainer.signals import StopSignals
     from hpc_trainer.trainer import EpochRecord, Trainer, read_training_history
 
-    processes = join()
+    processes, stop = join(), StopSignals()
     if processes.world > 1 and processes.device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.world))
     try:
@@ -120,7 +123,10 @@ def train_here(args: argparse.Namespace, app: Application, config: Any, found: F
                 metric = f" {app.primary_metric} {shown:.3f}" if shown is not None else ""
                 bar.update(record.epoch, f"loss {record.loss:.4f}{metric}")
 
-            trainer = Trainer(app, config, data, processes=processes, out=args.out, seed=args.seed, on_epoch=on_epoch)
+            trainer = Trainer(
+                app, config, data,
+                processes=processes, out=args.out, seed=args.seed, on_epoch=on_epoch, stop_asked=stop.asked,
+            )  # fmt: skip
             final = trainer.run()
         if not processes.is_main:
             return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,15 +12,23 @@ from fl_core.learning import seeding
 
 
 def global_batches(
-    count: int, batch_size: int, *, seed: int, epoch: int, rank: int, world: int
+    count: int, batch_size: int, *, seed: int, epoch: int, rank: int, world: int, unit: int = 1, start: int = 0
 ) -> Iterator[npt.NDArray[np.int64]]:
-    """This rank's slice of each GLOBAL batch; never padded, never dropped.
+    """This rank's slice of each GLOBAL batch, from batch ``start`` on; never padded, never dropped.
 
-    The permutation comes from (seed, epoch) alone. The tail batch is smaller, so that a slice may be empty.
+    The permutation comes from (seed, epoch) alone. A slice holds whole units of ``unit`` consecutive examples (ghost
+    batches), but for the batch's last one. The tail batch is smaller, so that a slice may be empty.
     """
     order = seeding.generator(seed, "global order", epoch).permutation(count)
-    for start in range(0, count, batch_size):
-        yield np.array_split(order[start : start + batch_size], world)[rank]
+    for first in range(start * batch_size, count, batch_size):
+        batch = order[first : first + batch_size]
+        units = np.array_split(np.arange(-(-len(batch) // unit)), world)[rank]
+        yield batch[units[0] * unit : (units[-1] + 1) * unit] if len(units) else batch[:0]
+
+
+def largest_share(batch_size: int, world: int, unit: int = 1) -> int:
+    """Examples of the process with the most."""
+    return min(batch_size, math.ceil(math.ceil(batch_size / unit) / world) * unit)
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:

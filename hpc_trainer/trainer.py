@@ -1,49 +1,40 @@
-"""Data-parallel training whose loss does not depend on how many processes ran it.
+"""Training whose loss does not depend on how many processes ran it, nor on how the model lies on them.
 
-One global batch size; this rank's share of each global batch; losses as (numerator, denominator) with the
-denominator summed over all ranks BEFORE the backward pass; gradients SUMMED, not averaged; evaluation by global
-sums; augmentation keyed by (seed, epoch, example). A rank whose share of a batch is empty takes part with one
-example of weight zero, since DDP waits for every rank.
+One global batch size; this process's share of each global batch; losses as (numerator, denominator) with the denominator
+summed over all processes; gradients SUMMED, not averaged; evaluation by global sums; augmentation and dropout keyed by
+(seed, epoch, example). ``recipe.py`` holds the decisions, ``step.py`` one step, ``placement/`` where the model lies.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fl_core.contracts import arrays as array_format
-from fl_core.contracts import checkpoint as checkpoints
-from fl_core.contracts.checkpoint import Checkpoint
-from fl_core.contracts.config import to_table
-from fl_core.contracts.errors import ConfigError, IntegrityError
-from fl_core.contracts.manifests import CheckpointManifest
-from fl_core.learning import seeding
+from fl_core.contracts.errors import IntegrityError, Interrupted
 from fl_core.learning.application import Application
 from fl_core.learning.averaging import ModelAverage
 from fl_core.learning.examples import Examples
-from fl_core.learning.local_update import augmented
-from fl_core.learning.torch_arrays import get_arrays, predict, set_arrays, tensors
 from fl_core.optimizers import build_optimizer
-from fl_core.storage import atomic
 from fl_core.storage.log import AppendLog, read_log
 from hpc_trainer import optimizer_state, phases
-from hpc_trainer.gradients import data_parallel
+from hpc_trainer.evaluation import Evaluation
+from hpc_trainer.layout import arrange
+from hpc_trainer.placement import place
 from hpc_trainer.processes import Processes
-from hpc_trainer.sampler import global_batches, steps_per_epoch
+from hpc_trainer.recipe import RIGHT, Recipe
+from hpc_trainer.refusals import refuse_what_breaks_integrity
+from hpc_trainer.run_folder import Progress, RunFolder
+from hpc_trainer.sampler import steps_per_epoch
 from hpc_trainer.schedules import learning_rate
+from hpc_trainer.step import Batches, Index, Step
 
-log = logging.getLogger(__name__)
-STATE_NAME = "training.safetensors"
 HISTORY_NAME = "history.jsonl"
 
 
@@ -66,7 +57,12 @@ class TrainingData:
 
 
 class Trainer:
-    """Trains one application; ``run()`` returns the folder of the final checkpoint (written by rank 0)."""
+    """Trains one application; ``run()`` returns the folder of the final checkpoint (written by the main process).
+
+    on_epoch, on_step: called on the main process. on_gradients(step, trainer): on every process, after the gradients of
+    a step were summed and before they are used. phase: announced as in ``phases``. stop_asked: whether this process wants
+    a checkpoint and then the end.
+    """
 
     def __init__(
         self,
@@ -78,198 +74,140 @@ class Trainer:
         out: Path,
         seed: int,
         dtype: torch.dtype = torch.float32,
+        recipe: Recipe = RIGHT,
         on_epoch: Callable[[EpochRecord], None] | None = None,
         on_step: Callable[[int, int, float], None] | None = None,
+        on_gradients: Callable[[int, Trainer], None] | None = None,
         phase: phases.Phases = phases.unobserved,
+        stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
-        refuse_local_batch_norm(config, processes.world)
         self.application, self.config, self.data = application, config, data
-        self.processes, self.out, self.seed, self.dtype = processes, out, seed, dtype
-        self.on_epoch, self.on_step, self.phase = on_epoch, on_step, phase
+        self.processes, self.seed, self.dtype = processes, seed, dtype
+        self.recipe, self.phase, self.stop_asked = recipe, phase, stop_asked
+        self.on_epoch, self.on_step, self.on_gradients = on_epoch, on_step, on_gradients
+        self.layout = arrange(config.pretrain, processes.rank, processes.world)
+        self.batches = Batches(application, config, data.train, self.layout, seed)
         self.model: nn.Module = application.build_model(config).to(device=processes.device, dtype=dtype)
-        self.wrapped = data_parallel(self.model, processes.world)
-        self.optimizer = build_optimizer(self.model, config.optimizer, processes.group)
+        refuse_what_breaks_integrity(self.model, config, self.layout, self.batches.count, dtype)
+        recipe.synchronise(self.model, self.layout.summed)
+        self.placement = place(self.model, config, self.layout)
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.layout.summed)
         self.base_lr = config.pretrain.lr or config.optimizer.lr
         self.average = ModelAverage(config.pretrain.average_last, config.pretrain.epochs)
-        self.loss_function, self.augment = application.loss_function(), application.augment_function()
+        self.one_step = Step(application, config, self.placement, recipe, phase)
+        self.evaluation = Evaluation(application, config, self.one_step, processes, self.layout)
         self.steps = steps_per_epoch(len(data.train), config.pretrain.batch_size)
         self.losses: list[float] = []  # the global loss of every step
-        self.done = self._resume()
+        self.folder = RunFolder(out, application, config, data.clients, seed, processes)
+        self.progress = self._resume()
 
     def run(self) -> Path:
-        history = AppendLog(self.out / HISTORY_NAME) if self.processes.is_main else None
+        history = AppendLog(self.folder.path / HISTORY_NAME) if self.processes.is_main else None
         try:
-            self._epochs(history)
+            for epoch in range(self.progress.epoch + 1, self.config.pretrain.epochs + 1):
+                record = self._epoch(epoch)
+                if history is not None:
+                    history.append(record.__dict__)
+                if self.on_epoch and self.processes.is_main:
+                    self.on_epoch(record)
             return self._finish()
         finally:
+            self.folder.close()
             if history is not None:
                 history.close()
 
-    def _epochs(self, history: AppendLog | None) -> None:
-        for epoch in range(self.done + 1, self.config.pretrain.epochs + 1):
-            began = time.monotonic()
-            loss = self._epoch(epoch)
-            seconds = time.monotonic() - began
-            record = EpochRecord(
-                epoch=epoch,
-                loss=loss,
-                validation=self.evaluate(self.data.validation),
-                seconds=seconds,
-                examples_per_second=len(self.data.train) / seconds,
-            )
-            self.average.add(epoch, get_arrays(self.model))
-            if history is not None:
-                history.append(record.__dict__)
-            if epoch % self.config.pretrain.checkpoint_every == 0 or epoch == self.config.pretrain.epochs:
-                self._save(epoch, record.validation)
-            if self.on_epoch and self.processes.is_main:
-                self.on_epoch(record)
+    def _epoch(self, epoch: int) -> EpochRecord:
+        began, first = time.monotonic(), self.progress.step
+        loss = self._train(epoch)
+        seconds = time.monotonic() - began
+        validation = self.evaluate(self.data.validation)
+        if epoch >= self.average.first:
+            self.average.add(epoch, self.placement.arrays())
+        self.progress = Progress(epoch=epoch)
+        if epoch % self.config.pretrain.checkpoint_every == 0 or epoch == self.config.pretrain.epochs:
+            self._save(validation)
+        trained = len(self.data.train) * (1 - first / self.steps)
+        return EpochRecord(
+            epoch=epoch, loss=loss, validation=validation, seconds=seconds, examples_per_second=trained / seconds
+        )
 
-    def _epoch(self, epoch: int) -> float:
-        totals = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
-        shares = global_batches(
+    def _train(self, epoch: int) -> float:
+        """The rest of the epoch from ``progress`` on; returns its mean loss over all examples."""
+        shares = self.recipe.shares(
             len(self.data.train),
             self.config.pretrain.batch_size,
             seed=self.seed,
             epoch=epoch,
-            rank=self.processes.rank,
-            world=self.processes.world,
+            rank=self.layout.sample_rank,
+            world=self.layout.sample_world,
+            unit=self.batches.unit,
+            start=self.progress.step,
         )
-        total_steps = self.steps * self.config.pretrain.epochs
-        self.model.train()
-        for number, index in enumerate(shares):
+        total = self.steps * self.config.pretrain.epochs
+        for number, index in enumerate(shares, start=self.progress.step):
             step = (epoch - 1) * self.steps + number
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.config.pretrain, self.base_lr, step, total_steps)
-            totals += self._step(epoch, index)
+                group["lr"] = learning_rate(self.config.pretrain, self.base_lr, step, total)
+            sums = self._step(epoch, step, index)
+            self.progress = self.progress.after_step(sums)
             if self.on_step and self.processes.is_main:
-                self.on_step(step + 1, total_steps, self.losses[-1])
-        return float(totals[0] / totals[1])
+                self.on_step(step + 1, total, self.losses[-1])
+            self._keep(float(sums[2]) > 0)
+        return self.progress.numerator / self.progress.denominator
 
-    def _step(self, epoch: int, index: np.ndarray[Any, np.dtype[np.int64]]) -> Tensor:
-        """One global batch; returns its (numerator, denominator), summed over all ranks."""
-        empty = len(index) == 0
+    def _keep(self, stopping: bool) -> None:
+        """A checkpoint in mid-epoch: every ``checkpoint_steps``, and before an end that was asked for."""
+        every = self.config.pretrain.checkpoint_steps
+        if stopping or (every and self.progress.step % every == 0 and self.progress.step < self.steps):
+            self._save({})
+        if stopping:
+            self.folder.close()
+            raise Interrupted(
+                f"told to stop after step {self.progress.step} of epoch {self.progress.epoch + 1}; a checkpoint is written",
+                remedy="repeat the command: it goes on where it stopped",
+            )
+
+    def _step(self, epoch: int, step: int, index: Index) -> Tensor:
+        """One global batch; returns its (numerator, denominator, stop), summed over all processes."""
         with self.phase(phases.INPUT):
-            batch = self.data.train.take(np.zeros(1, np.int64) if empty else index)
-            base = seeding.key(self.seed, "augment", epoch)
-            batch = augmented(batch, index if not empty else np.zeros(1, np.int64), base, self.config, self.augment)
-            inputs, targets = self._prepared(batch)
+            batches = self.batches(epoch, index, self.processes.device, self.dtype)
+        self.placement.module.train()
         self.optimizer.zero_grad(set_to_none=True)
-        with self.phase(phases.FORWARD):
-            outputs = self.wrapped(*inputs)
-        with self.phase(phases.LOSS):
-            numerator, denominator = self.loss_function(outputs, targets, self.config)
-            if empty:
-                numerator, denominator = numerator * 0.0, denominator * 0.0
-            sums = torch.stack([numerator.detach(), denominator.detach()]).double()
-        with self.phase(phases.COMMUNICATION):
-            self.processes.sum(sums)
-        with self.phase(phases.BACKWARD):
-            (numerator / sums[1].to(numerator.dtype)).backward()
-        with self.phase(phases.OPTIMIZER):
-            if self.config.optimizer.clip_norm > 0:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
-            self.optimizer.step()
+        sums = self.one_step(batches, self.stop_asked()).cpu()
         self.losses.append(float(sums[0] / sums[1]))
         if not math.isfinite(self.losses[-1]):
             raise IntegrityError(
                 f"the loss is not finite in epoch {epoch}", remedy="lower optimizer.lr or set optimizer.clip_norm"
             )
+        if self.on_gradients:
+            self.on_gradients(step, self)
+        with self.phase(phases.OPTIMIZER):
+            if self.config.optimizer.clip_norm > 0:
+                self.placement.clip(self.config.optimizer.clip_norm)
+            self.optimizer.step()
         return sums
 
-    def _loss(self, model: nn.Module, batch: Examples) -> tuple[Tensor, Tensor]:
-        inputs, targets = self._prepared(batch)
-        numerator, denominator = self.loss_function(model(*inputs), targets, self.config)
-        return numerator, denominator
-
-    def _prepared(self, batch: Examples) -> tuple[list[Tensor], Tensor]:
-        """The model's inputs in this training's precision, and the targets, on this process's device."""
-        found = tensors(self.application, self.config, batch, str(self.processes.device))
-        inputs = [t.to(self.dtype) if t.is_floating_point() else t for t in found]
-        return inputs, torch.from_numpy(np.ascontiguousarray(batch.targets)).to(self.processes.device)
-
     def evaluate(self, examples: Examples) -> dict[str, float]:
-        """Loss by global sums over all ranks; the application's metrics on the whole set, on rank 0."""
-        if len(examples) == 0:
-            return {}
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
-        with torch.inference_mode():
-            for start in range(0, len(examples), 512):
-                chunk = np.arange(start, min(start + 512, len(examples)))
-                mine = np.array_split(chunk, self.processes.world)[self.processes.rank]
-                if len(mine):
-                    numerator, denominator = self._loss(self.model, examples.take(mine))
-                    sums += torch.stack([numerator, denominator]).double()
-        self.processes.sum(sums)
-        found = {"loss": float(sums[0] / sums[1])}
-        if self.processes.is_main:
-            outputs = predict(self.model, self.application, self.config, examples)
-            found.update(self.application.metrics(self.config, outputs, examples))
-        return {k: v for k, v in found.items() if math.isfinite(v)}
+        return self.evaluation(examples, self.dtype)
 
-    def _manifest(self, epoch: int, metrics: dict[str, float]) -> CheckpointManifest:
-        return CheckpointManifest(
-            application=self.application.name,
-            config=to_table(self.config),
-            stage="pretrain",
-            step=epoch,
-            seed=self.seed,
-            clients_seen=list(self.data.clients),
-            metrics=metrics,
-            versions={"torch": torch.__version__},
-        )
-
-    def _save(self, epoch: int, metrics: dict[str, float]) -> None:
-        with self.phase(phases.CHECKPOINT):
-            self._write(epoch, metrics)
-        self.processes.barrier()
-
-    def _write(self, epoch: int, metrics: dict[str, float]) -> None:
-        state = {**optimizer_state.save(self.optimizer), **self.average.save()}  # K-FAC gathers: every rank is needed
-        if self.processes.is_main:
-            name = f"epoch-{epoch:05d}"
-            saved = Checkpoint(
-                self._manifest(epoch, metrics), get_arrays(self.model), {STATE_NAME: array_format.to_bytes(state)}
-            )
-            saved.save(self.out / name)
-            atomic.point_to(self.out / checkpoints.LATEST, name)
-            for old in sorted(self.out.glob("epoch-*"))[:-2]:
-                shutil.rmtree(old)
+    def _save(self, metrics: dict[str, float]) -> None:
+        with self.phase(phases.CHECKPOINT):  # every process: state that is spread is gathered
+            state = {**optimizer_state.save(self.optimizer, self.placement.whole), **self.average.save()}
+            self.folder.save(self.progress, self.placement.arrays(), state, metrics)
 
     def _finish(self) -> Path:
-        final = self.average.result(get_arrays(self.model))
-        set_arrays(self.model, final, origin="averaged model")
-        metrics = self.evaluate(self.data.validation)
-        if self.processes.is_main:
-            Checkpoint(self._manifest(self.config.pretrain.epochs, metrics), final).save(self.out / "final")
-            atomic.point_to(self.out / checkpoints.LATEST, "final")
-        self.processes.barrier()
-        return self.out / "final"
+        final = self.average.result(self.placement.arrays())
+        self.placement.load(final, origin="averaged model")
+        return self.folder.finish(self.config.pretrain.epochs, final, self.evaluate(self.data.validation))
 
-    def _resume(self) -> int:
-        found = sorted(p for p in self.out.glob("epoch-*") if p.is_dir())
-        if not found:
-            return 0
-        last = checkpoints.load(found[-1], with_state=True)
-        if replace(last.manifest, config=to_table(self.config), seed=self.seed) != last.manifest:
-            raise ConfigError(
-                f"{self.out}: holds a run with another configuration or seed",
-                remedy="name a new --out folder, or repeat the command that began this run",
-            )
-        state = array_format.from_bytes(last.state[STATE_NAME], origin=str(found[-1]))
-        set_arrays(self.model, last.arrays, origin=str(found[-1]))
-        optimizer_state.load(self.optimizer, state)
-        self.average.load(state)
-        return last.manifest.step
-
-
-def refuse_local_batch_norm(config: Any, world: int) -> None:
-    if world > 1 and config.model.norm == "batch":
-        raise ConfigError(
-            f"model.norm = 'batch' under {world} processes would normalise each share on its own",
-            remedy="set model.norm=group; synchronised batch norm is not part of this release",
-        )
+    def _resume(self) -> Progress:
+        found = self.folder.newest()
+        if found is None:
+            return Progress(epoch=0)
+        self.placement.load(found.arrays, origin=found.origin)
+        optimizer_state.load(self.optimizer, found.state, self.placement.part)
+        self.average.load(found.state)
+        return found.progress
 
 
 def read_training_history(folder: Path) -> list[dict[str, Any]]:

@@ -15,12 +15,12 @@ import numpy as np
 
 from fl_core.contracts.errors import FieldfleetError
 from fl_core.contracts.installed import known_applications
+from fl_core.contracts.sections import NORMS as NORMS
 from fl_core.learning.application import Application, application
 from fl_core.learning.examples import Examples
 
 ROOT = Path(__file__).resolve().parent.parent
 APPLICATIONS = known_applications()
-NORMS = ("batch", "group", "none")
 
 
 def eventually(condition: Callable[[], Any], timeout: float = 10.0, *, interval: float = 0.01) -> Any:

@@ -27,4 +27,5 @@ APPLICATION = Application(
     loss="applications.driver_conflict.loss:loss",
     augment="applications.driver_conflict.augment:augment",
     samples=SAMPLES,
+    verify=("model.width=8", "model.positive_weight=4.0", "data.clients=6"),
 )

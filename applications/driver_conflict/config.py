@@ -5,14 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fl_core.contracts.config import choice, number
-from fl_core.contracts.sections import AlgorithmConfig, ExportConfig, OptimizerConfig, PretrainConfig, SelectionConfig
+from fl_core.contracts.sections import (
+    NORMS,
+    AlgorithmConfig,
+    ExportConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SelectionConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     width: int = number(48, low=8, high=512, help="channels of the temporal convolutions")
     blocks: int = number(1, low=1, high=6, help="residual blocks; the dilation doubles with each")
-    norm: str = choice("group", "batch", "group", "none")
+    norm: str = choice("group", *NORMS)
     positive_weight: float = number(1.0, low=0.01, high=100.0, help="weight of a conflict window in the loss")
 
 

@@ -27,4 +27,8 @@ APPLICATION = Application(
     loss="applications.plant_disease.loss:loss",
     augment="applications.plant_disease.augment:augment",
     samples=SAMPLES,
+    verify=(
+        *("model.width=8", "model.class_weights=[0.2, 1.0, 4.0, 1.5]"),
+        *("data.image_size=32", "data.clients=4", "data.images_per_client=24", "optimizer.lr=0.0001"),
+    ),
 )

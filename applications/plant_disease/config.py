@@ -7,7 +7,14 @@ from typing import Any
 
 from fl_core.contracts.config import choice, number, sequence
 from fl_core.contracts.errors import ConfigError
-from fl_core.contracts.sections import AlgorithmConfig, ExportConfig, OptimizerConfig, PretrainConfig, SelectionConfig
+from fl_core.contracts.sections import (
+    NORMS,
+    AlgorithmConfig,
+    ExportConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SelectionConfig,
+)
 
 MAIZE = ("northern_leaf_blight", "common_rust", "gray_leaf_spot", "healthy")
 # The partition that ``read`` makes without knowing a configuration; the defaults of [data] are the same.
@@ -19,7 +26,7 @@ ALPHA = 0.5
 class ModelConfig:
     width: int = number(16, low=8, high=256, help="channels of the first stage; the last has eight times as many")
     blocks: int = number(1, low=1, high=8, help="residual blocks in each of the four stages")
-    norm: str = choice("group", "batch", "group", "none")
+    norm: str = choice("group", *NORMS)
     label_smoothing: float = number(0.05, low=0.0, high=0.5)
     class_weights: tuple[float, ...] = sequence(
         (), low=0.0, high=1e3, help="of each class in the loss, in the order of data.classes; [] = all equal"

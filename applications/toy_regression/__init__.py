@@ -26,4 +26,5 @@ APPLICATION = Application(
     model="applications.toy_regression.model:build_model",
     loss="applications.toy_regression.loss:loss",
     samples=SAMPLES,
+    verify=("model.hidden=12",),
 )

@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fl_core.contracts.config import choice, number
-from fl_core.contracts.sections import AlgorithmConfig, ExportConfig, OptimizerConfig, PretrainConfig, SelectionConfig
+from fl_core.contracts.sections import (
+    NORMS,
+    AlgorithmConfig,
+    ExportConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SelectionConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     hidden: int = number(0, low=0, high=4096, help="0 = linear model, else one hidden layer of this width")
-    norm: str = choice("group", "batch", "group", "none", help="normalisation after the hidden layer")
+    norm: str = choice("group", *NORMS, help="normalisation after the hidden layer")
 
 
 @dataclass(frozen=True, kw_only=True)

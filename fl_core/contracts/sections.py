@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from fl_core.contracts.config import choice, flag, number, sequence, text
 from fl_core.contracts.device_state import NETWORKS
 
+NORMS = ("batch", "group", "ghost", "none")  # of ``model.norm`` in every application
+PARALLEL = ("ddp", "fsdp", "hsdp", "tensor", "spatial", "pipeline")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -110,10 +113,19 @@ class SelectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Central training: ONE global batch size, whatever the number of processes."""
+    """Central training: ONE global batch size, whatever the number of processes and their arrangement."""
 
     epochs: int = number(10, low=1)
     batch_size: int = number(64, low=1, help="global: over all processes")
+    micro_batch: int = number(
+        0, low=0, help="samples of a process's share computed at once, gradients add up; 0 = the whole share"
+    )
+    parallel: str = choice("ddp", *PARALLEL, help="what all processes do where mesh is empty")
+    mesh: str = text("", help="processes in each dimension, such as data=2,tensor=2; empty = all of parallel's")
+    pipeline_schedule: str = choice("1f1b", "gpipe", "1f1b", "interleaved", "zero_bubble")
+    precision: str = choice("full", "full", "bf16", help="bf16: automatic mixed precision, parameters stay float32")
+    activation_checkpointing: bool = flag(False, help="recompute activations in the backward pass: memory for time")
+    compile: bool = flag(False, help="torch.compile")
     lr: float = number(0.0, low=0.0, help="0 = optimizer.lr")
     lr_batch_size: int = number(0, low=0, help="the batch size that lr is meant for, scaled from there; 0 = this one")
     lr_scaling: str = choice("linear", "linear", "sqrt", help="linear: SGD and its kin; sqrt: adaptive methods")
@@ -122,6 +134,7 @@ class PretrainConfig:
     warmup_fraction: float = number(0.05, low=0.0, high=0.9)
     average_last: float = number(0.0, low=0.0, high=1.0, help="fraction of the last epochs whose weights are averaged")
     checkpoint_every: int = number(1, low=1, help="epochs")
+    checkpoint_steps: int = number(0, low=0, help="steps between checkpoints inside an epoch; 0 = none")
     client_share: float = number(
         1.0, low=0.01, high=1.0, help="share of the training clients whose data the centre holds"
     )

@@ -49,6 +49,7 @@ class Application:
     floor: "module:attribute" of the classical methods to read the model's scores by:
       floor(config, train, test, *, seed) -> name -> outputs on ``test``, as the model would give them.
     samples: how a device collects this application's data one by one; None = only whole data sets.
+    verify: overrides under which ``fieldfleet verify-loss`` trains it: few data, uneven weights, a layer that normalises.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Application:
     augment: str | Callable[..., Any] = ""
     floor: str = ""
     samples: SampleFormat | None = None
+    verify: tuple[str, ...] = ()
 
     def build_model(self, config: Any) -> Any:
         return resolve(self.model)(config)

@@ -21,7 +21,7 @@ from hpc_trainer import processes
 from hpc_trainer.commands import training_data
 from hpc_trainer.sampler import steps_per_epoch
 from hpc_trainer.schedules import learning_rate
-from hpc_trainer.trainer import Trainer, TrainingData, read_training_history, refuse_local_batch_norm
+from hpc_trainer.trainer import Trainer, TrainingData, read_training_history
 from tests.helpers import APPLICATIONS, fieldfleet, run_python, small_config, small_overrides
 from tests.unit.hpc_trainer.ranks import ALONE, train
 
@@ -189,7 +189,7 @@ def test_one_process_equals_plain_torch(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.losses, losses, rtol=1e-12)
 
 
-def test_batch_norm_trains_and_resumes_alone_and_is_refused_in_company(tmp_path: Path) -> None:
+def test_batch_norm_trains_and_resumes(tmp_path: Path) -> None:
     overrides = ("model.norm=batch", "model.hidden=6")
     whole = checkpoints.load(trainer(tmp_path / "calm", *overrides).run())
 
@@ -200,10 +200,6 @@ def test_batch_norm_trains_and_resumes_alone_and_is_refused_in_company(tmp_path:
         trainer(tmp_path / "again", *overrides, on_epoch=stop).run()
     again = checkpoints.load(trainer(tmp_path / "again", *overrides).run())
     assert fingerprint(again.arrays) == fingerprint(whole.arrays)
-    _, config = small_config("toy_regression", *overrides)
-    refuse_local_batch_norm(config, 1)
-    with pytest.raises(ConfigError, match=r"2 processes.*\n.*model\.norm=group"):
-        refuse_local_batch_norm(config, 2)
 
 
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""Combinations under which the loss would depend on the number of processes or micro-batches: refused, with the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fl_core.contracts.errors import ConfigError
+from fl_core.learning.normalization import GHOST_BATCH
+from hpc_trainer.batch_norm import normalises_by_batch
+from hpc_trainer.layout import Layout
+
+OTHER_NORM = "set model.norm=ghost or model.norm=group"
+
+
+def refuse_what_breaks_integrity(
+    model: nn.Module, config: Any, layout: Layout, micro_batches: int, dtype: torch.dtype
+) -> None:
+    """Raises ConfigError before any work starts."""
+    batch_norm = any(normalises_by_batch(m) for m in model.modules())
+    pretrain = config.pretrain
+    if batch_norm and micro_batches > 1:
+        raise ConfigError(
+            f"batch normalisation over {micro_batches} micro-batches would normalise each on its own",
+            remedy=f"{OTHER_NORM}, or set pretrain.micro_batch=0",
+        )
+    if batch_norm and layout.is_split("pipeline"):
+        raise ConfigError(
+            "batch normalisation in a pipeline would normalise each micro-batch on its own", remedy=OTHER_NORM
+        )
+    if config.model.norm == "ghost" and pretrain.micro_batch % GHOST_BATCH:
+        raise ConfigError(
+            f"pretrain.micro_batch = {pretrain.micro_batch} would cut ghost batches of {GHOST_BATCH}",
+            remedy=f"choose a multiple of {GHOST_BATCH}",
+        )
+    if pretrain.precision == "bf16" and dtype == torch.float64:
+        raise ConfigError("pretrain.precision = 'bf16' and float64 exclude each other")

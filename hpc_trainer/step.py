@@ -1,0 +1,155 @@
+"""One global batch: forward and backward passes over this process's micro-batches.
+
+Losses are (numerator, denominator); the denominator is summed over all processes and micro-batches, and gradients are
+summed, so that neither the number of processes nor of micro-batches shows. A process whose share is empty takes part
+with one sample of weight zero, since collectives wait for every process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fl_core.learning import seeding
+from fl_core.learning.application import Application
+from fl_core.learning.examples import Examples
+from fl_core.learning.local_update import augmented
+from fl_core.learning.micro_batch import MicroBatch, micro_batch
+from fl_core.learning.normalization import GHOST_BATCH, GhostBatchNorm
+from fl_core.learning.torch_arrays import tensors
+from hpc_trainer import phases
+from hpc_trainer.layout import Layout
+from hpc_trainer.placement.base import Placement
+from hpc_trainer.recipe import Recipe, global_sum
+from hpc_trainer.sampler import largest_share
+
+Index = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch, augmented. real: samples that count; where there are none, the one sample fills the shape."""
+
+    inputs: tuple[Tensor, ...]
+    targets: Tensor
+    real: int
+    keys: npt.NDArray[np.uint64]
+
+
+class Batches:
+    """From this process's share of a global batch to its micro-batches on the device; as many on every process."""
+
+    def __init__(self, application: Application, config: Any, data: Examples, layout: Layout, seed: int) -> None:
+        self.application, self.config, self.data, self.seed = application, config, data, seed
+        self.augment = application.augment_function()
+        self.unit = GHOST_BATCH if config.model.norm == "ghost" else 1
+        largest = largest_share(config.pretrain.batch_size, layout.sample_world, self.unit)
+        self.size = config.pretrain.micro_batch or largest
+        self.count = -(-largest // self.size)
+
+    def __call__(self, epoch: int, index: Index, device: torch.device, dtype: torch.dtype) -> list[Batch]:
+        parts = [index[i * self.size : (i + 1) * self.size] for i in range(self.count)]
+        return [self._batch(epoch, part, device, dtype) for part in parts]
+
+    def _batch(self, epoch: int, part: Index, device: torch.device, dtype: torch.dtype) -> Batch:
+        chosen = part if len(part) else np.zeros(1, np.int64)
+        base = seeding.key(self.seed, "augment", epoch)
+        batch = augmented(self.data.take(chosen), chosen, base, self.config, self.augment)
+        keys = seeding.example_keys(seeding.key(self.seed, "dropout", epoch), chosen)
+        inputs, targets = on_device(self.application, self.config, batch, device, dtype)
+        return Batch(inputs=inputs, targets=targets, real=len(part), keys=keys)
+
+
+def on_device(
+    application: Application, config: Any, batch: Examples, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(the model's inputs, targets); floating-point inputs in ``dtype``."""
+    inputs = tensors(application, config, batch, str(device))
+    targets = torch.from_numpy(np.ascontiguousarray(batch.targets)).to(device)
+    return tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs), targets
+
+
+class Step:
+    """Forward pass, loss and backward pass, each announced to ``phase``."""
+
+    def __init__(
+        self,
+        application: Application,
+        config: Any,
+        placement: Placement,
+        recipe: Recipe,
+        phase: phases.Phases = phases.unobserved,
+    ) -> None:
+        self.config, self.placement, self.recipe = config, placement, recipe
+        self.loss_function = application.loss_function()
+        self.phase = phase
+        self.ghosts = [m for m in placement.model.modules() if isinstance(m, GhostBatchNorm)]
+        for ghost in self.ghosts:
+            ghost.deferred = True
+
+    def __call__(self, batches: list[Batch], stop: bool = False) -> Tensor:
+        """Gradients of the global loss are in place; returns (numerator, denominator, processes that want to stop)."""
+        sums = torch.zeros(3, dtype=torch.float64, device=batches[0].targets.device)
+        sums[2] = float(stop)
+        for number, batch in enumerate(batches):
+            with self.placement.accumulating(last=number == len(batches) - 1), micro_batch(facts(batch)):
+                numerator, denominator = self.loss(self.placement.module, batch)
+                sums[:2] += torch.stack([numerator.detach(), denominator.detach()])
+                if len(batches) == 1:  # divided before the backward pass: one pass over the gradients less
+                    self._total(sums)
+                    numerator = numerator / sums[1].to(numerator.dtype)
+                with self.phase(phases.BACKWARD):
+                    self._counted(numerator).backward()
+        if len(batches) > 1:
+            self._total(sums)
+            self.placement.scale_gradients(1 / sums[1])
+        self._settle_ghosts()
+        return sums
+
+    def _total(self, sums: Tensor) -> None:
+        with self.phase(phases.COMMUNICATION):
+            self.recipe.total(sums, self.placement.layout.samples)
+
+    def _counted(self, loss: Tensor) -> Tensor:
+        return loss if self.placement.partial else loss * 0.0
+
+    def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(numerator, denominator) of one micro-batch; zeros for one without samples."""
+        with self.phase(phases.FORWARD):
+            outputs = forward(module, batch.inputs, self.config)
+        with self.phase(phases.LOSS):
+            numerator, denominator = self.loss_function(outputs, batch.targets, self.config)
+        if batch.real == 0:
+            return numerator * 0.0, denominator * 0.0
+        return numerator, denominator
+
+    def _settle_ghosts(self) -> None:
+        """Running statistics of ghost batch norm: one sum over processes for all layers."""
+        if not self.ghosts:
+            return
+        parts = [
+            g.weight.new_zeros(2 * g.num_features + 1, dtype=torch.float64) if g.pending is None else g.pending
+            for g in self.ghosts
+        ]
+        found = global_sum(torch.cat(parts), self.placement.layout.samples)
+        for ghost, part in zip(self.ghosts, found.split([len(p) for p in parts]), strict=True):
+            ghost.pending = part
+            ghost.settle()
+
+
+def facts(batch: Batch) -> MicroBatch:
+    return MicroBatch(real=None if batch.real else 0, keys=batch.keys)
+
+
+def forward(module: nn.Module, inputs: tuple[Tensor, ...], config: Any) -> Any:
+    """Outputs in full precision, computed in the configured one."""
+    if config.pretrain.precision == "full":
+        return module(*inputs)
+    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
+        outputs = module(*inputs)
+    return tuple(o.float() for o in outputs) if isinstance(outputs, tuple) else outputs.float()
