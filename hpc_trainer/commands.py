@@ -45,8 +45,9 @@ def run_pretrain(args: argparse.Namespace) -> int:
     if under_launcher() or args.procs == 1:
         return train_here(args, app, config, open_data(app, config, args.data, seed=args.seed))
     from hpc_trainer.layout import mesh_sizes
+    from hpc_trainer.refusals import refuse_arrangement
 
-    mesh_sizes(config.pretrain, args.procs)
+    refuse_arrangement(config, mesh_sizes(config.pretrain, args.procs))
     build_optimizer(app.build_model(config), config.optimizer)
     training_data(app, config, open_data(app, config, args.data, seed=args.seed), args.seed)  # refused before any start
     return start_torchrun(args.procs)

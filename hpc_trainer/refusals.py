@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,23 +13,37 @@ from fl_core.learning.normalization import GHOST_BATCH
 from hpc_trainer.batch_norm import normalises_by_batch
 from hpc_trainer.layout import Layout
 
+ELEMENTWISE = ("sgd", "adamw")  # optimisers that treat each element alone, and so may hold any part of a parameter
+NOT_YET = ("tensor", "spatial", "pipeline")
 OTHER_NORM = "set model.norm=ghost or model.norm=group"
+
+
+def refuse_arrangement(config: Any, sizes: Mapping[str, int]) -> None:
+    """What the launching process can refuse already."""
+    for dimension in NOT_YET:
+        if sizes[dimension] > 1:
+            raise ConfigError(
+                f"{dimension} parallelism is not part of this release", remedy="set pretrain.parallel=ddp, fsdp or hsdp"
+            )
+    name = config.optimizer.name
+    if sizes["shard"] > 1 and name not in ELEMENTWISE:
+        raise ConfigError(
+            f"optimizer.name = {name!r} needs whole parameters, which sharding cuts",
+            remedy=f"set pretrain.parallel=ddp, or one of {', '.join(ELEMENTWISE)}",
+        )
 
 
 def refuse_what_breaks_integrity(
     model: nn.Module, config: Any, layout: Layout, micro_batches: int, dtype: torch.dtype
 ) -> None:
     """Raises ConfigError before any work starts."""
+    refuse_arrangement(config, layout.sizes)
     batch_norm = any(normalises_by_batch(m) for m in model.modules())
     pretrain = config.pretrain
     if batch_norm and micro_batches > 1:
         raise ConfigError(
             f"batch normalisation over {micro_batches} micro-batches would normalise each on its own",
             remedy=f"{OTHER_NORM}, or set pretrain.micro_batch=0",
-        )
-    if batch_norm and layout.is_split("pipeline"):
-        raise ConfigError(
-            "batch normalisation in a pipeline would normalise each micro-batch on its own", remedy=OTHER_NORM
         )
     if config.model.norm == "ghost" and pretrain.micro_batch % GHOST_BATCH:
         raise ConfigError(

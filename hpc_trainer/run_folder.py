@@ -110,10 +110,6 @@ class RunFolder:
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:
-        self.wait()
-        self.processes.barrier()
-
     def finish(self, epochs: int, arrays: Arrays, metrics: dict[str, float]) -> Path:
         self.wait()
         if self.processes.is_main:

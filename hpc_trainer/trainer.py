@@ -24,6 +24,7 @@ from fl_core.learning.examples import Examples
 from fl_core.optimizers import build_optimizer
 from fl_core.storage.log import AppendLog, read_log
 from hpc_trainer import optimizer_state, phases
+from hpc_trainer.dropout import key_dropout
 from hpc_trainer.evaluation import Evaluation
 from hpc_trainer.layout import arrange
 from hpc_trainer.placement import place
@@ -89,7 +90,7 @@ class Trainer:
         self.batches = Batches(application, config, data.train, self.layout, seed)
         self.model: nn.Module = application.build_model(config).to(device=processes.device, dtype=dtype)
         refuse_what_breaks_integrity(self.model, config, self.layout, self.batches.count, dtype)
-        recipe.synchronise(self.model, self.layout.summed)
+        recipe.synchronise(key_dropout(self.model), self.layout.summed)
         self.placement = place(self.model, config, self.layout)
         self.optimizer = build_optimizer(self.model, config.optimizer, self.layout.summed)
         self.base_lr = config.pretrain.lr or config.optimizer.lr
@@ -112,7 +113,7 @@ class Trainer:
                     self.on_epoch(record)
             return self._finish()
         finally:
-            self.folder.close()
+            self.folder.wait()
             if history is not None:
                 history.close()
 
@@ -161,7 +162,8 @@ class Trainer:
         if stopping or (every and self.progress.step % every == 0 and self.progress.step < self.steps):
             self._save({})
         if stopping:
-            self.folder.close()
+            self.folder.wait()
+            self.processes.barrier()
             raise Interrupted(
                 f"told to stop after step {self.progress.step} of epoch {self.progress.epoch + 1}; a checkpoint is written",
                 remedy="repeat the command: it goes on where it stopped",

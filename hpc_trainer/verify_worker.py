@@ -1,4 +1,4 @@
-"""One process of ``verify-loss``: ``python -m hpc_trainer.verify_worker FOLDER`` trains as FOLDER/specification.json says.
+"""One process of ``verify-loss``: ``python -m hpc_trainer.verify_worker FOLDER...`` trains as FOLDER/specification.json says.
 
 The Trainer, data path and process group are those of ``fieldfleet pretrain``; here only what they do is written down.
 """
@@ -80,10 +80,10 @@ def train(specification: dict[str, Any], processes: Processes, folder: Path) -> 
 def main() -> int:
     set_off_switches()
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
     processes = join()
     try:
-        train(json.loads((folder / "specification.json").read_text()), processes, folder)
+        for folder in map(Path, sys.argv[1:]):
+            train(json.loads((folder / "specification.json").read_text()), processes, folder)
     except FieldfleetError as error:
         print(f"verify-loss: {error.message}", file=sys.stderr)
         return int(error.exit_code)

@@ -8,8 +8,14 @@ from torch import nn
 
 from hpc_trainer.layout import Layout
 from hpc_trainer.placement.base import Placement
+from hpc_trainer.placement.blocks import recompute_activations
+from hpc_trainer.placement.sharded import Sharded
 
 
 def place(model: nn.Module, config: Any, layout: Layout) -> Placement:
     """By the dimensions of the mesh that have more than one process."""
-    return Placement(model, layout)
+    if config.pretrain.activation_checkpointing:
+        recompute_activations(model)
+    if config.pretrain.compile:
+        model.compile()
+    return Sharded(model, layout) if layout.is_split("shard") else Placement(model, layout)

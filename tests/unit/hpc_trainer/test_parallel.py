@@ -1,0 +1,84 @@
+"""Each arrangement of the processes trains the one-process model: one launch of workers runs them all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_core.contracts import arrays as array_format
+from fl_core.contracts.arrays import Arrays
+from fl_core.learning.application import application
+from hpc_trainer.verify import RECORD, compare, settings_of
+from tests.helpers import run_python
+
+TOY, LEAF = "toy_regression", "plant_disease"
+WIDE = ("model.hidden=512", "data.features=200", "optimizer.name=adamw", "optimizer.clip_norm=0.5", "model.norm=group")
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "ddp, batch norm": (TOY, ()),
+    "ddp, ghost norm": (TOY, ("model.norm=ghost",)),
+    "ddp, accumulation": (TOY, ("model.norm=group", "pretrain.micro_batch=3", "optimizer.clip_norm=0.5")),
+    "ddp, accumulated ghost batches": (TOY, ("model.norm=ghost", "pretrain.micro_batch=8", "pretrain.batch_size=40")),
+    "fsdp, clipped AdamW": (TOY, ("pretrain.parallel=fsdp", *WIDE)),
+    "fsdp, accumulation": (
+        TOY,
+        ("pretrain.parallel=fsdp", "model.norm=group", "pretrain.micro_batch=3", "optimizer.clip_norm=0.5"),
+    ),
+    "fsdp, checkpointing": (LEAF, ("pretrain.parallel=fsdp", "pretrain.activation_checkpointing=true")),
+    "hsdp": (TOY, ("pretrain.parallel=hsdp", *WIDE)),
+}
+EPOCHS = "pretrain.epochs=5"
+NEEDS_FOUR = ("hsdp",)
+
+
+def specification(name: str) -> dict[str, Any]:
+    app, overrides = CASES[name]
+    settings = [*settings_of(application(app), []), EPOCHS, *overrides]
+    return {"application": app, "overrides": settings, "dtype": "float64", "data": "generated", "seed": 0}
+
+
+def launch(names: list[str], world: int, root: Path) -> dict[str, Arrays]:
+    folders = []
+    for number, name in enumerate(names):
+        folders.append(root / f"{world}-{number}")
+        folders[-1].mkdir(parents=True)
+        (folders[-1] / "specification.json").write_text(json.dumps(specification(name)))
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr",
+        "127.0.0.1",
+        "--nproc-per-node",
+        str(world),
+    ]
+    done = run_python(
+        [*(launcher if world > 1 else []), "-m", "hpc_trainer.verify_worker", *map(str, folders)],
+        environment={"OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        n: array_format.from_bytes((f / RECORD).read_bytes(), origin=n) for n, f in zip(names, folders, strict=True)
+    }
+
+
+def check(names: list[str], world: int, root: Path) -> None:
+    alone, together = launch(names, 1, root), launch(names, world, root)
+    found = {name: compare(alone[name], together[name], world) for name in names}
+    print({name: max(c.deviations.values(), default=0) for name, c in found.items()}, file=sys.stderr)
+    assert {n: (c.error, c.deviations, c.worst) for n, c in found.items() if not c.within(1e-12)} == {}
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_in_every_arrangement(tmp_path: Path) -> None:
+    check([n for n in CASES if n not in NEEDS_FOUR], 2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_four_processes_in_every_arrangement(tmp_path: Path) -> None:
+    check(list(CASES), 4, tmp_path)
