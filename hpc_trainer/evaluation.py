@@ -16,8 +16,6 @@ from hpc_trainer.layout import Layout
 from hpc_trainer.processes import Processes
 from hpc_trainer.step import Batch, Step, forward, on_device
 
-CHUNK = 512
-
 
 class Evaluation:
     """Loss on all processes, the application's metrics on the main one, both of the whole set."""
@@ -33,8 +31,9 @@ class Evaluation:
         sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         outputs: list[tuple[npt.NDArray[Any], ...]] = []
         with torch.no_grad():
-            for start in range(0, len(examples), CHUNK):
-                chunk = np.arange(start, min(start + CHUNK, len(examples)))
+            size = self.config.pretrain.batch_size  # what fits in training fits here
+            for start in range(0, len(examples), size):
+                chunk = np.arange(start, min(start + size, len(examples)))
                 mine = np.array_split(chunk, self.layout.sample_world)[self.layout.sample_rank]
                 batch = self._batch(examples, mine, dtype)
                 found = forward(self.step.placement.module, batch.inputs, self.config)

@@ -26,4 +26,9 @@ APPLICATION = Application(
     loss="applications.seismic_facies.loss:loss",
     augment="applications.seismic_facies.augment:AUGMENTATION",
     floor="applications.seismic_facies.floor:boosted_trees",
+    verify=(
+        *("model.width=4", "model.levels=2", "model.class_weights=[0.2, 1.0, 4.0, 1.5, 0.7, 2.0]"),
+        *("data.crop=8", "data.stride=8", "data.inlines=16", "data.crosslines=16", "data.samples=16"),
+        *("data.clients=5", "data.volumes_per_client=3", "data.reference=stored", "optimizer.lr=0.001"),
+    ),
 )

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 
 from fl_core.contracts.config import choice, number, sequence
 from fl_core.contracts.errors import ConfigError
-from fl_core.contracts.sections import AlgorithmConfig, ExportConfig, OptimizerConfig, PretrainConfig, SelectionConfig
+from fl_core.contracts.sections import (
+    NORMS,
+    AlgorithmConfig,
+    ExportConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SelectionConfig,
+)
 
 # Reflection configurations after Mitchum, Vail and Sangree (AAPG Memoir 26, 1977); their order is the labels' order.
 FACIES = ("parallel", "wavy", "clinoform", "chaotic", "transparent", "channel")
@@ -19,7 +26,7 @@ class ModelConfig:
     )
     width: int = number(8, low=4, high=256, help="channels at full resolution; each level below has twice as many")
     levels: int = number(4, low=2, high=6, help="resolutions; data.crop must be a multiple of 2^(levels-1)")
-    norm: str = choice("batch", "batch", "group", "none")
+    norm: str = choice("batch", *NORMS)
     class_weights: tuple[float, ...] = sequence(
         (), low=0.0, high=1e3, help="of each class in the loss, in the order of data.classes; [] = all equal"
     )

@@ -26,4 +26,12 @@ APPLICATION = Application(
     loss="applications.topology_optimisation.loss:loss",
     augment="applications.topology_optimisation.augment:AUGMENTATION",
     floor="applications.topology_optimisation.floor:nearest_design",
+    verify=(
+        "model.width=4",
+        "model.depth=1",
+        "data.size=8",
+        "data.problems_per_client=12",
+        "data.iterations=4",
+        "data.judged=0",
+    ),
 )

@@ -6,7 +6,14 @@ from dataclasses import dataclass, field
 
 from fl_core.contracts.config import choice, number
 from fl_core.contracts.errors import ConfigError
-from fl_core.contracts.sections import AlgorithmConfig, ExportConfig, OptimizerConfig, PretrainConfig, SelectionConfig
+from fl_core.contracts.sections import (
+    NORMS,
+    AlgorithmConfig,
+    ExportConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SelectionConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +22,7 @@ class ModelConfig:
     width: int = number(8, low=4, high=1024, help="channels of the finest grid; twice as many on the next")
     depth: int = number(2, low=1, high=6, help="unet: halvings below the grid half as fine; fourier: blocks")
     modes: int = number(4, low=1, high=64, help="fourier: modes kept on each axis")
-    norm: str = choice("group", "batch", "group", "none")
+    norm: str = choice("group", *NORMS)
     compliance_weight: float = number(
         0.0, low=0.0, high=10.0, help="of log compliance by its adjoint in the loss, beside the supervised densities"
     )
