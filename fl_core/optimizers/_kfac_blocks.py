@@ -18,7 +18,7 @@ from torch.nn import functional
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-Normalisation = nn.GroupNorm | nn.LayerNorm | nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+Normalisation = nn.GroupNorm | nn.LayerNorm | nn.modules.batchnorm._BatchNorm
 CHUNK = 1 << 23  # values of unfolded activations held at once
 
 
