@@ -62,6 +62,8 @@ def start_torchrun(procs: int) -> int:
         *("-m", "fieldfleet", *sys.argv[1:]),
     ]
     process = subprocess.Popen(launcher, env=environment)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # torchrun passes SIGTERM on to the processes, which checkpoint
+        signal.signal(number, lambda *_: process.send_signal(signal.SIGTERM))
     try:
         code = process.wait()
     except KeyboardInterrupt:
