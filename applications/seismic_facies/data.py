@@ -89,6 +89,7 @@ class Volumes:
                 files = [f"{block.name}.amplitude.npy", f"{block.name}.labels.npy" if block.labels is not None else ""]
                 copy_npy(block.amplitude, temporary / files[0], np.float32)
                 if block.label_volume is not None:
+                    block.label_volume.check_labels()
                     copy_npy(block.label_volume, temporary / files[1], np.uint8)
                 table.writerow([block.name, block.client, *files, block.company])
             (temporary / TABLE_NAME).write_text(out.getvalue(), encoding="utf-8")

@@ -62,6 +62,10 @@ class SegyVolume:
             if len(odd):
                 raise DataError(f"{self.path}: trace {int(odd[0])} has {int(found[odd[0]])} {unit}, the file {first}")
 
+    def trace_number(self, row: int, column: int) -> int:
+        """Where in the file, counted from 0, the trace at this inline and crossline is (both counted from 0)."""
+        return int(self._trace[row, column])
+
     def __getitem__(self, index: Any) -> Array:
         parts: list[slice] = [slice(None)] * 3
         given = index if isinstance(index, tuple) else (index,)

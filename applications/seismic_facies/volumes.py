@@ -6,7 +6,7 @@ mean square that the amplitudes are scaled by. Errors name the file, and the tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,32 +53,35 @@ class Volume:
         """Root mean square of all amplitudes. Raises DataError for a voxel that is not finite and a volume of zeros."""
         total = 0.0
         for start, slab in self.slabs():
-            check_finite(slab, self.origin, (start, 0, 0))
+            check_finite(slab, self.origin, (start, 0, 0), getattr(self.data, "trace_number", None))
             total += float(np.square(slab, dtype=np.float64).sum())
         mean = total / float(np.prod(self.shape))
         if not mean > 0:
             raise DataError(f"{self.origin}: every amplitude is zero")
         return float(np.sqrt(mean))
 
-    def check_labels(self, classes: tuple[str, ...]) -> None:
-        """Raises DataError for a label that is no class number (and not 255)."""
+    def check_labels(self, classes: tuple[str, ...] = ()) -> None:
+        """Raises DataError for a label that is no class number (and not 255); without ``classes``, any number of them."""
+        count = len(classes) or UNLABELLED
         for start, slab in self.slabs():
-            odd = np.argwhere((slab != UNLABELLED) & ~((slab >= 0) & (slab < len(classes)) & (slab == np.floor(slab))))
+            odd = np.argwhere((slab != UNLABELLED) & ~((slab >= 0) & (slab < count) & (slab == np.floor(slab))))
             if len(odd):
                 i, j, k = (int(v) for v in odd[0])
                 raise DataError(
                     f"{self.origin}: voxel [{start + i}, {j}, {k}] has the label {slab[i, j, k]}",
-                    remedy=f"labels are 0 to {len(classes) - 1} ({', '.join(classes)}), 255 = no label; "
-                    "data.classes names the classes",
+                    remedy=f"labels are 0 to {count - 1}, 255 = no label; data.classes names them: {', '.join(classes)}",
                 )
 
 
-def check_finite(window: Array, origin: str, corner: tuple[int, ...]) -> None:
-    """Raises DataError naming the first voxel that is NaN or infinite."""
+def check_finite(
+    window: Array, origin: str, corner: tuple[int, ...], trace_number: Callable[[int, int], int] | None = None
+) -> None:
+    """Raises DataError naming the first voxel that is NaN or infinite, and its trace where the file has traces."""
     if not np.isfinite(window).all():
         at = np.argwhere(~np.isfinite(window))[0] + np.asarray(corner)
+        trace = f", trace {trace_number(int(at[0]), int(at[1]))}," if trace_number else ""
         raise DataError(
-            f"{origin}: voxel {[int(v) for v in at]} (inline, crossline, sample, counted from 0) is not finite",
+            f"{origin}: voxel {[int(v) for v in at]} (inline, crossline, sample, counted from 0){trace} is not finite",
             remedy="replace it, or mute the trace with zeros",
         )
 

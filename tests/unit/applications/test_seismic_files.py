@@ -153,8 +153,9 @@ def test_a_voxel_that_is_not_finite_is_named(bad: float, made: Volumes, tmp_path
     cube[3, 7, 11] = bad
     np.save(tmp_path / "a.npy", cube)
     refused(one(tmp_path, "a.npy"), "a.npy", "[3, 7, 11]", "not finite")
-    write_segy(tmp_path / "a.sgy", cube)
-    refused(one(tmp_path, "a.sgy"), "a.sgy", "[3, 7, 11]", "not finite")
+    for order, trace in (("inline", 3 * 20 + 7), ("crossline", 7 * 24 + 3)):
+        write_segy(tmp_path / "a.sgy", cube, order=order)
+        refused(one(tmp_path, "a.sgy"), "a.sgy", "[3, 7, 11]", f"trace {trace}, is not finite")
 
 
 def test_faults_of_files_and_table_are_named(made: Volumes, tmp_path: Path) -> None:
@@ -190,6 +191,17 @@ def test_faults_of_files_and_table_are_named(made: Volumes, tmp_path: Path) -> N
     row = {"volume": "v", "client": "c", "amplitude": "a.npy"}
     refused(table(tmp_path, row, row), "line 3", "listed twice")
     refused(table(tmp_path, {**row, "client": "a/b"}), "line 2", "'a/b' is not usable")
+
+
+def test_labels_that_are_no_numbers_of_classes_are_not_copied(made: Volumes, tmp_path: Path) -> None:
+    cube = np.asarray(made.blocks[0].amplitude.data)
+    np.save(tmp_path / "a.npy", cube)
+    labels = np.zeros(cube.shape)
+    labels[1, 2, 3] = -1
+    np.save(tmp_path / "l.npy", labels)
+    with pytest.raises(DataError, match=r"l\.npy: voxel \[1, 2, 3\] has the label -1"):
+        data.read(one(tmp_path, "a.npy", "l.npy")).write(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_volume_without_labels_is_scored_but_never_learned_from(made: Volumes, tmp_path: Path) -> None:
