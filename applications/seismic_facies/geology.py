@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from applications.seismic_facies.pipeline import UNLABELLED
+
 Array = npt.NDArray[Any]
 PARALLEL, WAVY, CLINOFORM, CHAOTIC, TRANSPARENT, CHANNEL = range(6)
 LAYERED = (PARALLEL, WAVY, CLINOFORM, CHAOTIC, TRANSPARENT)
@@ -125,9 +127,9 @@ def block(rng: np.random.Generator, shape: tuple[int, int, int], style: Style) -
     """(labels uint8, reflectivity float64), both of ``shape`` plus PAD samples at the top and at the bottom."""
     deep = (shape[0], shape[1], shape[2] + 2 * PAD)
     age = ages(rng, deep, style)
-    labels = np.zeros(deep, np.uint8)
+    labels = np.full(deep, UNLABELLED, np.uint8)
     reflectivity = np.zeros(deep)
-    top, end, facies = float(age.min()) - 4, float(age.max()), -1
+    top, end, facies = float(age.min()), float(age.max()) + 4, -1  # surfaces vary by 3 about their mean
     surface = np.full((*deep[:2], 1), top)
     while top < end:
         top += max(7.0, style.thickness * rng.uniform(0.6, 1.6))

@@ -204,7 +204,8 @@ def test_settings_that_do_not_fit_are_refused() -> None:
 
 def test_folds_faults_and_pads_leave_the_whole_volume_filled() -> None:
     style = geology.Style(facies=(0.2,) * 5, dip=0.2, faults=3.0, channels=2.0, thickness=12.0)
-    labels, reflectivity = geology.block(np.random.default_rng(0), (20, 24, 32), style)
-    assert labels.shape == reflectivity.shape == (20, 24, 32 + 2 * geology.PAD)
-    assert np.isfinite(reflectivity).all()
-    assert labels.max() < len(FACIES)
+    for seed in range(10):
+        labels, reflectivity = geology.block(np.random.default_rng(seed), (20, 24, 32), style)
+        assert labels.shape == reflectivity.shape == (20, 24, 32 + 2 * geology.PAD)
+        assert np.isfinite(reflectivity).all()
+        assert labels.max() < len(FACIES)
