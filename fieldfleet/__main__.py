@@ -40,6 +40,10 @@ EXTRAS = {
     "PIL": "edge",
     "pytorch_optimizer": "train",
     "google": "edge",
+    "pyarrow": "tracking",
+    "tensorboard": "tracking",
+    "mlflow": "tracking",
+    "ray": "cluster",
 }
 EPILOG = "exit codes: 0 done, 1 a goal or check was missed, 2 wrong input, 3 environment, 4 refused or unreachable, 130 interrupted"
 

@@ -17,7 +17,7 @@ class Progress:
     def __init__(self, title: str, total: int | None, *, quiet: bool = False) -> None:
         self.title, self.total, self._quiet = title, total, quiet
         self._bar = None
-        self._last = 0.0
+        self._last, self._began = 0.0, time.monotonic()
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -52,4 +52,6 @@ class Progress:
         elif done == self.total or time.monotonic() - self._last > 2:
             self._last = time.monotonic()
             of = "" if self.total is None else f"/{self.total}"
+            left = (time.monotonic() - self._began) / done * (self.total - done) if self.total and done else 0.0
+            status += f", {left:.0f} s left" if left > 1 else ""
             print(f"{self.title} {done}{of} {status}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 
 
@@ -37,6 +39,35 @@ def lines(series: Series, *, x_label: str, y_label: str, title: str = "") -> byt
     axes.set(xlabel=x_label, ylabel=y_label, title=title)
     if len(series) > 1:
         axes.legend(frameon=False)
+    return png(figure)
+
+
+def bands(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]], *, x_label: str, y_label: str
+) -> bytes:
+    """One line a name with its interval: name -> (x values, middle, half width of the interval).
+
+    A line that goes far beyond all others leaves the picture instead of flattening it.
+    """
+    figure, axes = _axes(height=4.2)
+    for i, (name, (x, middle, half)) in enumerate(series.items()):
+        colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+        marker = "o" if len(x) < 25 else ""
+        axes.plot(x, middle, label=name, color=colour, linestyle=style, marker=marker, markersize=3.5)
+        low = [m - h for m, h in zip(middle, half, strict=True)]
+        axes.fill_between(x, low, [m + h for m, h in zip(middle, half, strict=True)], color=colour, alpha=0.15, lw=0)
+    axes.set(xlabel=x_label, ylabel=y_label)
+    middles = [m for _, middle, _ in series.values() for m in middle]
+    if len(middles) > 3:
+        first, _, third = statistics.quantiles(middles, n=4)
+        room = 4 * (third - first) or 1.0
+        kept = [m for m in middles if first - room <= m <= third + room]
+        if len(kept) < len(middles):
+            margin = 0.15 * (max(kept) - min(kept)) or 0.1
+            axes.set_ylim(min(kept) - margin, max(kept) + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return png(figure)
 
 

@@ -6,9 +6,9 @@ import argparse
 
 from fl_core.contracts.cli import Subparsers, command
 from fl_core.contracts.errors import InputError
-from simulations.commands import devices, engine, federation, flower_app, partition
+from simulations.commands import devices, engine, experiment, federation, flower_app, partition
 
-OPTIONS = (federation, engine, devices, partition, flower_app)
+OPTIONS = (federation, engine, devices, partition, experiment, flower_app)
 
 
 def add_commands(subparsers: Subparsers) -> None:
@@ -22,6 +22,8 @@ def run_simulate(args: argparse.Namespace) -> int:
         if args.application is not None:
             raise InputError(f"{args.application} and --flower-app: name one of them")
         return flower_app.run(args)
+    if args.replay is not None:
+        return experiment.replay(args)
     if args.plot_partition is not None and args.application is not None:
         return partition.plot(args)
     missing = [
@@ -31,4 +33,4 @@ def run_simulate(args: argparse.Namespace) -> int:
     ]
     if missing:
         raise InputError(f"missing: {', '.join(missing)}", remedy="fieldfleet simulate APP --rounds N --out DIR")
-    return federation.run(args)
+    return experiment.run(args) if experiment.asked_for(args) else federation.run(args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,17 @@ def run(args: argparse.Namespace) -> int:
     federation = read_federation(args)
     app, config, start = federation.application, federation.config, federation.start
     found = open_data(app, config, args.data, seed=args.seed)
+    began, updates = time.monotonic(), 0
     with Progress(f"simulate {app.name}", args.rounds) as bar:
 
         def on_round(record: RoundRecord) -> None:
+            nonlocal updates
+            updates += len(record.clients)
+            speed = updates / (time.monotonic() - began)
             metric = (record.held_out or record.evaluation).get(app.primary_metric)
             shown = f" {app.primary_metric} {metric:.3f}" if metric is not None else ""
-            bar.update(record.round, f"loss {record.loss if record.loss is not None else float('nan'):.4f}{shown}")
+            loss = record.loss if record.loss is not None else float("nan")
+            bar.update(record.round, f"loss {loss:.4f}{shown}, {speed:.0f} updates/s")
 
         result = simulate(
             app,
