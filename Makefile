@@ -29,6 +29,7 @@ test: lint  ## everything that CI runs
 	$(BIN)/python -m pytest -m 'not slow'
 
 test-slow: $(VENV)/.installed-dev  ## all tests, the slow ones too
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cluster]'
 	$(BIN)/python -m pytest
 
 faults: $(VENV)/.installed-dev  ## the fault matrix, all of it, as a table with recovery times (also runs/faults.json)

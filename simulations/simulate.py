@@ -75,6 +75,7 @@ def simulate(
     engine: str = AUTO,
     devices: str | Fleet = "",
     partition: str = "",
+    cluster: str = "",
 ) -> Simulation:
     """Federate over the clients of ``raw``; the held-out ones are only evaluated on. A Population has none, and makes
     its clients' examples when they are asked for, so that memory does not grow with it.
@@ -83,7 +84,8 @@ def simulate(
     seconds of their time. workers: processes that train, one thread each (0 = one a core, 1 = this process).
     engine: how local updates are done: "auto", or one of ``engine.select``. devices: "generated", a file or a Fleet: the
     federation runs on a virtual clock, over devices of such speeds and links ("" = all equally fast, no clock). partition: deals the examples out to other clients, as
-    ``simulations.partitioners`` say ("" = those of the data).
+    ``simulations.partitioners`` say ("" = those of the data). cluster: a Ray cluster to train on, as of
+    ``simulations.cluster.ray_workers`` ("" = this machine).
 
     Raises DataError when no client is left to train.
     """
@@ -103,7 +105,7 @@ def simulate(
     if start is not None:
         set_arrays(model, start.arrays, origin="the starting checkpoint")
     initial = get_arrays(model)
-    states = SlotStates(out / STATES, population.find)
+    states = SlotStates(out.resolve() / STATES, population.find)
     learner = replace(learner, states=states)
 
     def evaluate_global(arrays: Arrays) -> dict[str, float]:
@@ -115,7 +117,7 @@ def simulate(
     kept = learner.algorithm.client_update.stateful or bool(config.algorithm.personal)
     chosen = choose(engine, learner, population, rounds=num_rounds, seed=seed, kept=out / ENGINE_NAME)
     make = partial(ClientWorker, learner, population, chosen.build, seed=seed)
-    with start_workers(make, workers, len(population)) as pool:
+    with start_workers(make, workers, len(population), cluster) as pool:
         grid: StreamGrid = WorkerGrid(
             Conductor(pool, population, block=chosen.block), learner.algorithm.aggregator.merge
         )
@@ -182,8 +184,12 @@ def _opened(
     return ExamplesPopulation(examples, clients), held_examples if len(held_examples) else None, held
 
 
-def start_workers(make: MakeWorker, count: int, clients: int) -> Workers:
-    """count: as of ``simulate``; never more than there are clients."""
+def start_workers(make: MakeWorker, count: int, clients: int, cluster: str = "") -> Workers:
+    """count, cluster: as of ``simulate``; never more than there are clients."""
+    if cluster:
+        from simulations.cluster.ray_workers import RayWorkers
+
+        return RayWorkers(make, cluster, count=count, limit=clients)
     count = min(count or usable_cores(), clients)
     return InlineWorkers(make) if count == 1 else ProcessWorkers(make, count)
 

@@ -23,11 +23,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=AUTO,
         help="how local updates are done (default: the fastest, measured once)",
     )
+    group.add_argument(
+        "--cluster",
+        default="",
+        metavar="ADDRESS",
+        help="train on a Ray cluster: auto, ray://HOST:PORT, HOST:PORT, or local:N for one of N CPUs here",
+    )
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of ``simulate``."""
-    return {"workers": args.workers, "engine": args.engine}
+    return {"workers": args.workers, "engine": args.engine, "cluster": args.cluster}
 
 
 def count(text: str) -> int:

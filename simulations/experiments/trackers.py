@@ -17,6 +17,7 @@ from simulations.experiments.plan import Cell, locked
 
 PARQUET, TENSORBOARD, MLFLOW_RUN = "clients.parquet", "tensorboard", "mlflow.json"
 STORE = "sqlite:///"
+LAST_OF_ROUND = "round/clients"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def scalars(record: RoundRecord) -> dict[str, float]:
     if record.loss is not None:
         found["train/loss"] = record.loss
     found["round/seconds"] = record.seconds
-    found["round/clients"] = float(len(record.clients))
+    found[LAST_OF_ROUND] = float(len(record.clients))
     return found
 
 
@@ -138,9 +139,11 @@ class MlflowTracker(Tracker):
         self._client = MlflowClient(tracking_uri=tracking.mlflow)
         with locked(Path(f"{tracking.mlflow.removeprefix(STORE)}.lock")):  # two cannot make the tables at once
             experiment = self._experiment(tracking.experiment)
-        note = folder / MLFLOW_RUN
+        note, self._logged = folder / MLFLOW_RUN, 0
         if note.is_file():
             self._run = str(json.loads(note.read_text(encoding="utf-8"))["run"])
+            done = self._client.get_metric_history(self._run, LAST_OF_ROUND)
+            self._logged = max((point.step for point in done), default=0)  # done again, to the bit: logged once
             return
         self._run = self._client.create_run(experiment, run_name=cell.name).info.run_id
         for key, value in {**flat(cell.config), "seed": cell.seed, "rounds": cell.rounds, "data": cell.data}.items():
@@ -153,6 +156,8 @@ class MlflowTracker(Tracker):
         return str(found.experiment_id if found is not None else self._client.create_experiment(name))
 
     def round(self, record: RoundRecord) -> None:
+        if record.round <= self._logged:
+            return
         for name, value in scalars(record).items():
             self._client.log_metric(self._run, name, value, step=record.round)
 

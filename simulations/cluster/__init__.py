@@ -1,0 +1,1 @@
+"""Simulations on a Ray cluster: the same engine, its workers on other machines."""
