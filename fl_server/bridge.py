@@ -33,7 +33,8 @@ class Bridge:
     """A service: start() ... stop(). ``home`` keeps devices.db.
 
     on_event(event, device, facts): birth, state, death, stopped, a report's type, reply; called on the bridge's own
-    thread, must return soon. gate: checks the records of devices; without one they are left where they are.
+    thread, must return soon. gate: checks what devices say and signs what is asked of
+    them; without one records are left where they are and nothing else is checked.
     tunnel: takes the packets of devices' tunnels. telemetry: closed with the bridge.
     """
 
@@ -82,6 +83,10 @@ class Bridge:
         if self._thread.is_alive():
             self._thread.join(5.0)
         self.table.close()
+
+    def renew(self, gate: RecordGate) -> None:
+        """With the server's new certificate."""
+        self._gate = gate
 
     # for callers
 
@@ -157,6 +162,11 @@ class Bridge:
         if found is None or found.fleet != self.fleet or not message.payload:
             return
         content = decode(message.payload, origin=message.topic)
+        if self._gate is not None and content.type != RECORDS:  # records have a gate of their own
+            self._gate.check(content, found.device, found.kind)
+            if found.kind == topics.STATE and not self.table.next_in_place(found.device, content):
+                LOG.info("bridge: %s: older than what this device has said", message.topic)
+                return
         if found.kind == topics.STATE:
             if not self.table.note_state(found.device, content):
                 return
@@ -192,19 +202,28 @@ class Bridge:
             self._on_event(record.kind, device, {**record.body, "id": f"{record.seq}"})
 
     def _send(self, job: Job) -> None:
-        payload = encode(Envelope(type=job.type, id=job.id, body=job.body))
-        self.session.publish(Outgoing(topic=self._topic(job.device, topics.COMMAND), payload=payload))
+        command = Envelope(type=job.type, id=job.id, body=job.body)
+        if self._gate is not None:
+            command = self._gate.commands.sign(command, job.device)
+        self.session.publish(Outgoing(topic=self._topic(job.device, topics.COMMAND), payload=encode(command)))
 
     def _topic(self, device: str, kind: str) -> str:
         return topics.topic(self.fleet, device, kind)
 
 
 def ask(
-    address: BrokerAddress, fleet: str, device: str, kind: str, body: Mapping[str, Any], *, timeout: float
+    address: BrokerAddress,
+    fleet: str,
+    device: str,
+    kind: str,
+    body: Mapping[str, Any],
+    *,
+    timeout: float,
+    gate: RecordGate | None = None,
 ) -> dict[str, Any]:
     """One command without a bridge (an operator's command line): publish, wait for the reply.
 
-    Raises RefusedError when the broker or the device does not answer in time.
+    gate: signs the command and checks the reply. Raises RefusedError when the broker or the device does not answer in time.
     """
     if kind not in COMMANDS:
         raise unknown_name("command", kind, list(COMMANDS))
@@ -217,13 +236,16 @@ def ask(
             raise RefusedError(
                 f"MQTT broker: {session.failure or 'no answer'}", remedy="is 'fieldfleet server run' running?"
             )
-        session.deliver(Outgoing(topic=topics.topic(fleet, device, topics.COMMAND), payload=encode(request)), timeout)
-        return _await_reply(session, request, device, timeout)
+        sent = encode(request if gate is None else gate.commands.sign(request, device))
+        session.deliver(Outgoing(topic=topics.topic(fleet, device, topics.COMMAND), payload=sent), timeout)
+        return _await_reply(session, request, device, timeout, gate)
     finally:
         session.stop()
 
 
-def _await_reply(session: MqttSession, request: Envelope, device: str, timeout: float) -> dict[str, Any]:
+def _await_reply(
+    session: MqttSession, request: Envelope, device: str, timeout: float, gate: RecordGate | None
+) -> dict[str, Any]:
     import time
 
     deadline = time.monotonic() + timeout
@@ -233,7 +255,10 @@ def _await_reply(session: MqttSession, request: Envelope, device: str, timeout: 
             break
         try:
             content = decode(message.payload, origin=message.topic)
-        except IntegrityError:
+            if gate is not None:
+                gate.check(content, device, topics.REPLY)
+        except (IntegrityError, RefusedError) as error:
+            LOG.info("reply: %s", error.message)
             continue
         if content.id == request.id:
             return content.body

@@ -109,6 +109,11 @@ class EmbeddedBroker:
         open_to = self._admitting or username in SERVICE_ACCOUNTS
         return open_to and self._accounts.login(username, password, client_id)
 
+    def renew(self) -> None:
+        """Use the certificate files as they are now, for connections that begin from now on. From any thread."""
+        if self._broker is not None and self._broker.tls is not None and self._certificate is not None:
+            self._broker.tls.load_cert_chain(*self._certificate)
+
     def end_session(self, name: str) -> None:
         """Cut off a device that may not log in any more; its will is published. From any thread."""
         loop, broker = self._loop, self._broker

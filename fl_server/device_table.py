@@ -12,6 +12,7 @@ from typing import Any
 
 from fl_core.link.batch import Batch
 from fl_core.link.envelope import Envelope
+from fl_core.link.signed import place_of
 from fl_core.storage import database
 from fl_server.telemetry import Taken, Telemetry
 
@@ -23,6 +24,8 @@ CREATE TABLE IF NOT EXISTS devices (
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, device TEXT NOT NULL, type TEXT NOT NULL, body TEXT NOT NULL, created REAL NOT NULL,
     expires REAL NOT NULL, reply TEXT, replied REAL);
+CREATE TABLE IF NOT EXISTS places (
+    device TEXT PRIMARY KEY, boot INTEGER NOT NULL, connection INTEGER NOT NULL, number INTEGER NOT NULL, time REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS open_jobs ON jobs (device, expires) WHERE replied IS NULL;
 """
 # A death says nothing but that it is one: the table keeps what the device was.
@@ -69,6 +72,20 @@ class DeviceTable:
         """Before the bridge connects: a device counts as alive again once the broker says so."""
         with self._lock:
             self._db.execute("UPDATE devices SET alive = ? WHERE alive = ?", (UNKNOWN, ALIVE))
+
+    def next_in_place(self, device: str, message: Envelope) -> bool:
+        """Whether a (signed) state comes after all that this device has said; the last one again, kept by a broker, does.
+
+        A device that was set up anew counts from 1 again: its birth is told from an old one, repeated, by its time.
+        """
+        place = place_of(message)
+        with self._lock:
+            row = self._db.execute("SELECT * FROM places WHERE device = ?", (device,)).fetchone()
+            earlier = row is not None and place < (row["boot"], row["connection"], row["number"])
+            if earlier and (message.type != "birth" or message.time <= row["time"]):
+                return False
+            self._db.execute("INSERT OR REPLACE INTO places VALUES (?, ?, ?, ?, ?)", (device, *place, message.time))
+        return True
 
     def note_state(self, device: str, message: Envelope) -> bool:
         """Birth, change or death. False for a death or change that is older than what is known of the device.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fl_core.contracts.errors import EnvironmentFault, InputError, unknown_name
-from fl_core.link.sealed import RecordGate
 from fl_core.link.session import BrokerAddress
 from fl_core.link.topics import OPERATOR_ACCOUNT, SERVER_ACCOUNT
 from fl_server import accounts, mosquitto
@@ -21,6 +22,8 @@ from fl_server.repository_files import RepositoryFiles
 from fl_server.repository_watch import RepositoryWatch
 from fl_server.tunnel import TunnelServer
 
+log = logging.getLogger(__name__)
+RELOAD_S = 20.0
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 compared, not bound
 DOWNLOADS_PER_SECOND = 50.0
 SESSION_EXPIRY_S = 7 * 86_400
@@ -37,7 +40,7 @@ class FieldService:
         on_event: Event | None = None,
         tunnel: TunnelServer | None = None,
     ) -> None:
-        settings = home.settings.mqtt
+        settings, self._home = home.settings.mqtt, home
         self.broker: EmbeddedBroker | None = None
         self.bridge: Bridge | None = None
         self._registry, self._on_event = registry, on_event
@@ -57,7 +60,7 @@ class FieldService:
             if tunnel is not None:  # no detour over a connection of our own
                 tunnel.attach(self.broker.carry(tunnel.tap))
                 tunnel = None
-        gate = RecordGate.of_files(home.settings.fleet, home.certificate, home.certificate_key, self._key_of)
+        gate = home.gate(self._key_of)
         self.bridge = Bridge(
             home.path,
             home.settings.fleet,
@@ -89,6 +92,14 @@ class FieldService:
             self.bridge.stop()
         if self.broker is not None:
             self.broker.stop()
+
+    def renew(self) -> None:
+        """Use the certificate that lies in the home now."""
+        if self.broker is not None:
+            self.broker.renew()
+        if self.bridge is not None:
+            self.bridge.renew(self._home.gate(self._key_of))
+        reload_broker(self._home)
 
     def end_sessions(self, names: Iterable[str]) -> None:
         """Devices that were shut out leave the broker, as far as it is ours."""
@@ -183,12 +194,31 @@ def write_broker_files(home: ServerHome, registry: Registry) -> Path | None:
         certificate=home.certificate.resolve() if settings.tls else None,
         key=home.certificate_key.resolve() if settings.tls else None,
     )
-    return mosquitto.write_files(
+    written = mosquitto.write_files(
         home.broker_folder,
         fleet=home.settings.fleet,
         accounts=accounts.all_accounts(registry, services),
         listener=listener,
     )
+    reload_broker(home)
+    return written
+
+
+def reload_broker(home: ServerHome) -> None:
+    """Have an external broker read its files again, by the command of server.toml; a failure is logged with its remedy."""
+    settings = home.settings.mqtt
+    if settings.mode != "external":
+        return
+    if not settings.reload:
+        log.info("the broker reads %s again on SIGHUP: [mqtt] reload in server.toml has it done", home.broker_folder)
+        return
+    try:
+        done = subprocess.run(list(settings.reload), capture_output=True, text=True, timeout=RELOAD_S, check=False)
+        failure = "" if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"
+    except (OSError, subprocess.SubprocessError) as error:
+        failure = str(error)
+    if failure:
+        log.warning("[mqtt] reload = %s failed, the broker knows the former accounts: %s", settings.reload, failure)
 
 
 def _password_file(path: Path) -> str:

@@ -83,16 +83,18 @@ def _command(args: argparse.Namespace) -> int:
     if args.type not in COMMANDS:
         raise unknown_name("command", args.type, list(COMMANDS))
     registry = home.registry()
-    known = [d.name for d in registry.devices() if d.active]
+    known = {d.name: d.public_key_pem for d in registry.devices() if d.active}
     registry.close()
     if args.device not in known:
-        raise unknown_name("device", args.device, known)
+        raise unknown_name("device", args.device, list(known))
+    key = known[args.device]
     body = _body(args.body)
     if args.application:
         body["application"] = args.application
     with _one_operator(home):
         address = service_address(home, OPERATOR_ACCOUNT)
-        reply = ask(address, home.settings.fleet, args.device, args.type, body, timeout=args.timeout)
+        gate = home.gate(lambda name: key if name == args.device else None)
+        reply = ask(address, home.settings.fleet, args.device, args.type, body, timeout=args.timeout, gate=gate)
     emit(args, {"device": args.device, "type": args.type, "reply": reply}, json.dumps(reply, indent=2, sort_keys=True))
     return 0 if reply.get("ok") is True else 1
 

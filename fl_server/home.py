@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from fl_core.contracts.config import choice, flag, number, sequence, text
 from fl_core.contracts.errors import EnvironmentFault, InputError
 from fl_core.contracts.names import DEFAULT_MQTT_PORT, DEFAULT_SERVER_PORT, checked_name
 from fl_core.identity import ca
+from fl_core.link.sealed import RecordGate
 from fl_core.storage import atomic
 from fl_server.device_table import DATABASE_NAME
 from fl_server.registry import Registry
@@ -45,6 +46,9 @@ class MqttSettings:
     host: str = text("", help="external: where the broker is; embedded: where it listens (default: as the server)")
     port: int = number(DEFAULT_MQTT_PORT, low=1, high=65535)
     tls: bool = flag(True)
+    reload: tuple[str, ...] = sequence(
+        (), help='external: makes it read its files again, such as ["systemctl", "reload", "mosquitto"]'
+    )
     username: str = text("", help="external: the server's own account")
     password_file: str = text("", help="external: a file with its password")
 
@@ -139,6 +143,10 @@ class ServerHome:
         return Telemetry(
             self.path / DATABASE_NAME, max_per_device=limits.max_per_device, max_age_s=limits.max_days * 86_400.0
         )
+
+    def gate(self, key_of: Callable[[str], bytes | None]) -> RecordGate:
+        """Checks what devices say over a broker, and signs what they are told. key_of: device -> PEM, None = nobody."""
+        return RecordGate.of_files(self.settings.fleet, self.certificate, self.certificate_key, key_of)
 
     def check(self) -> ca.CertificateFacts:
         """Raises EnvironmentFault (an expired certificate, with the command that renews it) or InputError."""

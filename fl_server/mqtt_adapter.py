@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +115,7 @@ class GuardedBroker(Broker):
         self._guard = guard
         self._writers: set[asyncio.StreamWriter] = set()
         self.tap: Tap | None = None
+        self.tls: ssl.SSLContext | None = None  # of the listener, once it listens
         self._deliveries: set[asyncio.Task[None]] = set()
 
     def deliver(self, client_id: str, topic: str, payload: bytes, then: Callable[[bool], None] | None) -> None:
@@ -132,6 +134,11 @@ class GuardedBroker(Broker):
         finally:
             if then is not None:
                 then(True)
+
+    def _create_ssl_context(self, listener: Any) -> ssl.SSLContext:
+        """Kept, so that a renewed certificate can be loaded into it."""
+        self.tls = super()._create_ssl_context(listener)
+        return self.tls
 
     def bound_port(self, listener: str) -> int:
         instance: Any = self._servers[listener].instance

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from fl_server.certificate_watch import CertificateWatch
 from fl_server.control import ControlSocket
 from fl_server.descriptors import check_file_limit, raise_file_limit
 from fl_server.field import FieldService
@@ -55,6 +56,8 @@ class StandingServer:
             self.superlink.fleet_watch.on_shut_out(self.field.end_sessions)
             self.superlink.bell.on_push(self._wake)
             self.runs = RunManager(self.superlink, on_round=self.metrics.count_round)
+            renewed = [self.superlink.renew, self.field.renew]
+            services.start(CertificateWatch(self.home.certificate, self.home.certificate_key, renewed))
             services.start(self._control())
             services.start(self.runs)
             self._stack = self._stack.pop_all()

@@ -157,6 +157,13 @@ class SuperLink:
         self.registry.close()
         self.devices.close()
 
+    def renew(self) -> None:
+        """Use the certificate that lies in the home now, for connections that begin from now on."""
+        context, home = self._server.config.ssl, self.home
+        if context is not None:
+            context.load_cert_chain(home.certificate, home.certificate_key)
+        self.tunnel.renew(home.certificate, home.certificate_key)
+
     def grid(self, run_name: str = DEFAULT_RUN) -> LinkGrid:
         """The run of this name, as an earlier grid left it (in another process too), or a new one."""
         return LinkGrid(self.store, self.bell, self.directory, run_name)

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Scope
 
 from fl_core.contracts.errors import IntegrityError
 from fl_core.identity import ca
-from fl_core.identity.keys import load_private_key
+from fl_core.identity.keys import PrivateKey, load_private_key
 from fl_core.link import session as mqtt
 from fl_core.link import topics
 from fl_core.link.tunnel import packets
@@ -62,8 +62,7 @@ class TunnelServer:
 
     def __init__(self, app: ASGIApp, *, fleet: str, certificate: Path, key: Path) -> None:
         self._app, self.fleet = app, fleet
-        self._certificate = ca.load_certificate(certificate).public_bytes(Encoding.DER)
-        self._key = load_private_key(key)
+        self.renew(certificate, key)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._mqtt: Carrier | None = None
         self.sessions: dict[str, Session] = {}
@@ -74,6 +73,11 @@ class TunnelServer:
         self._stopping = False
         self.handshakes = 0  # that were proved
         self._window, self._counted_at = WINDOW, float("-inf")
+
+    def renew(self, certificate: Path, key: Path) -> None:
+        """For handshakes that begin from now on; from any thread."""
+        der = ca.load_certificate(certificate).public_bytes(Encoding.DER)
+        self._identity: tuple[bytes, PrivateKey] = (der, load_private_key(key))
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -231,7 +235,7 @@ class TunnelServer:
         if pending is None or pending.handshake.session != packet.session or pending.handshake.hello != packet.body:
             if pending is not None and time.monotonic() - pending.made_at < HELLO_S:
                 return  # it is repeated
-            handshake = ServerHandshake(Place(self.fleet, device), packet, self._certificate, self._key)
+            handshake = ServerHandshake(Place(self.fleet, device), packet, *self._identity)
             pending = self._pending[device] = Pending(handshake)
         self.publish(device, pending.handshake.answer)
 

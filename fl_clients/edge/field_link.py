@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from fl_clients.connection import Welcome
 from fl_clients.edge.broker_account import as_welcome, broker_of, read_account
+from fl_clients.edge.duties import WAKE
 from fl_clients.edge.settings import AgentHome, MqttSettings, OutboxSettings
 from fl_core.contracts.errors import IntegrityError
 from fl_core.identity.keys import PrivateKey
 from fl_core.link import topics
 from fl_core.link.batch import RECORDS, RECORDS_TAKEN
-from fl_core.link.envelope import Envelope, decode, encode
+from fl_core.link.envelope import COUNTER_LIMIT, Envelope, decode, encode
 from fl_core.link.outbox import DeviceStore
 from fl_core.link.record_log import RecordLog
 from fl_core.link.session import BrokerAddress, Message, MqttSession, Outgoing
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 Facts = Callable[[], dict[str, Any]]
+LAST = COUNTER_LIMIT - 1  # number of a connection's last state, its will
 
 
 class FieldLink:
@@ -60,6 +63,7 @@ class FieldLink:
         self._account, self._tunnel = read_account(home.account_file), tunnel
         self._entered: tuple[Any, ...] = ()
         self._announcing = threading.Lock()
+        self._numbers = itertools.count(1)
 
     @functools.cached_property
     def _receipts(self) -> ReceiptReader:
@@ -149,7 +153,8 @@ class FieldLink:
 
     def finish(self, job_id: str, kind: str, body: dict[str, Any]) -> None:
         """The end of a job and its reply, in one transaction."""
-        self.store.finish(job_id, kind, self._topic(topics.REPLY), encode(self._envelope(kind, job_id, body)))
+        reply = self._signed(self._envelope(kind, job_id, body), topics.REPLY)
+        self.store.finish(job_id, kind, self._topic(topics.REPLY), encode(reply))
 
     def finished(self, job_id: str) -> bool:
         return self.store.reply_of(job_id) is not None
@@ -198,6 +203,8 @@ class FieldLink:
             if content.type == RECORDS_TAKEN:
                 self._answered(*self._receipts.read(content.body, self.fleet, self.name))
                 return None
+            if found.kind == topics.COMMAND and content.type != WAKE:
+                self._receipts.commands.check(content, self.fleet, self.name)
             return found.kind, content
         except IntegrityError as error:
             LOG.warning("agent: %s", error.message)
@@ -214,6 +221,13 @@ class FieldLink:
         def message(connection: int) -> Outgoing:
             body = self._facts() if kind in ("birth", "state") else {}
             content = Envelope(type=kind, boot=self.boot, connection=connection, body=body)
-            return Outgoing(topic=self._topic(topics.STATE), payload=encode(content), retain=True)
+            number = LAST if kind == "death" else next(self._numbers)
+            payload = encode(self._signed(content, topics.STATE, number))
+            return Outgoing(topic=self._topic(topics.STATE), payload=payload, retain=True)
 
         return message
+
+    def _signed(self, message: Envelope, kind: str, number: int = 0) -> Envelope:
+        from fl_core.link.signed import sign_by_device  # as _receipts
+
+        return sign_by_device(message, self._key, self.fleet, self.name, kind, number=number)

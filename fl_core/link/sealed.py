@@ -22,6 +22,8 @@ from fl_core.identity import ca
 from fl_core.identity.keys import PrivateKey, load_private_key
 from fl_core.identity.signature import sign_statement, verify_statement
 from fl_core.link.batch import RECORDS, Batch, from_text, taken_of, to_text, unpack
+from fl_core.link.envelope import Envelope
+from fl_core.link.signed import CommandReader, CommandSigner, check_device
 from fl_core.link.tunnel.handshake import authorities, check_signed_by_server
 
 CERTIFICATE_LIMIT = 8_192  # characters of base 64
@@ -41,6 +43,14 @@ class RecordGate:
     certificate: bytes
     key: PrivateKey
     key_of: Callable[[str], bytes | None]
+
+    @property
+    def commands(self) -> CommandSigner:
+        return CommandSigner(self.fleet, self.certificate, self.key)
+
+    def check(self, message: Envelope, device: str, kind: str) -> None:
+        """Raises RefusedError unless this device made it, for a topic of this kind."""
+        check_device(message, self.key_of(device), self.fleet, device, kind)
 
     @classmethod
     def of_files(cls, fleet: str, certificate: Path, key: Path, key_of: Callable[[str], bytes | None]) -> RecordGate:
@@ -72,6 +82,10 @@ class ReceiptReader:
     def __init__(self, ca_file: Path) -> None:
         self._authorities = authorities(ca_file)
         self._certificate = b""
+
+    @property
+    def commands(self) -> CommandReader:
+        return CommandReader(self._authorities)
 
     @property
     def have(self) -> str:

@@ -56,16 +56,20 @@ def test_2_birth_ping_wake_and_a_command_that_comes_twice(field: Field) -> None:
 
 
 def _twice(field: Field, command: Envelope) -> tuple[bytes, bytes]:
-    """Both answers to one command that is sent twice."""
+    """Both answers to one command that is sent twice; the same one unsigned, before them, is not heard."""
+    signed = field.home.gate(lambda name: None).commands.sign(command, NAME)
     session = MqttSession(service_address(field.home, topics.OPERATOR_ACCOUNT), subscriptions=[_topic("reply")])
     session.start()
     try:
         assert session.wait_connected(10), session.failure
+        forged = Envelope(type=command.type, id=f"{command.id}-forged")
+        assert session.deliver(Outgoing(topic=_topic("command"), payload=encode(forged)), 10)
         answers = []
         for _ in range(2):
-            assert session.deliver(Outgoing(topic=_topic("command"), payload=encode(command)), 10)
+            assert session.deliver(Outgoing(topic=_topic("command"), payload=encode(signed)), 10)
             answer = session.receive(20)
             assert answer is not None
+            assert decode(answer.payload, origin="reply").id == command.id
             answers.append(answer.payload)
         return answers[0], answers[1]
     finally:

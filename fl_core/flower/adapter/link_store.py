@@ -20,7 +20,7 @@ from flwr.supercore.run import Run
 
 from fl_core.contracts.errors import EnvironmentFault, IntegrityError
 from fl_core.flower import wire
-from fl_core.flower.adapter import stock
+from fl_core.flower.adapter import steady, stock
 from fl_core.flower.adapter.exchanges import Exchange, Exchanges, Partial, without
 from fl_core.flower.adapter.mailbox import Mailbox
 from fl_core.flower.adapter.messages import assume_identity, children, inflate, set_message_id, stamp
@@ -87,6 +87,7 @@ def _open_state(database: Path) -> Any:
     sql_mixin: Any = importlib.import_module("flwr.supercore.sql_mixin")
     config_loader = importlib.import_module("flwr.superlink.config_loader")
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    steady.install()
     ours = {"cache_size": "-8000", "mmap_size": "0", "busy_timeout": "30000", "secure_delete": "FAST"}
     ours["wal_autocheckpoint"] = str(
         (64 << 20) // int(PAGE_BYTES)

@@ -6,10 +6,8 @@ thousand devices these are nearly all that a server does.
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import json
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +15,7 @@ from flwr.app import Message
 from flwr.common.serde import message_to_proto
 
 from fl_core.flower import wire
+from fl_core.flower.adapter import steady
 from fl_core.flower.adapter.sql import Sql
 
 _INDEXES = (
@@ -72,7 +71,7 @@ class Mailbox:
     def sign_of_life(self, node: int, seconds: float) -> None:
         values = {
             "n": self._signed(node),
-            "until": time.time() + self._patience * seconds,
+            "until": steady.seconds() + self._patience * seconds,
             "seconds": seconds,
             "now": _now(),
             "online": self._status.ONLINE,
@@ -82,7 +81,7 @@ class Mailbox:
 
     def waits(self, node: int, *, lost: bool) -> bool:
         """``lost``: what it accepted and did not answer waits again."""
-        values = {"n": self._signed(node), "t": time.time()}
+        values = {"n": self._signed(node), "t": steady.seconds()}
         if lost:
             self._sql(_LOST, values)
         query = "SELECT 1 FROM message_ins WHERE dst_node_id=:n AND delivered_at='' AND created_at+ttl>:t LIMIT 1"
@@ -101,7 +100,7 @@ class Mailbox:
     def expired(self) -> bool:
         """Whether a session ended by time that still counts as online."""
         query = "SELECT 1 FROM node WHERE status=:s AND online_until<=:t LIMIT 1"
-        return bool(self._sql(query, {"s": self._status.ONLINE, "t": time.time()}))
+        return bool(self._sql(query, {"s": self._status.ONLINE, "t": steady.seconds()}))
 
     def running(self, run_id: int) -> bool:
         return bool(self._sql(_RUNNING, {"r": self._signed(run_id)}))
@@ -128,7 +127,7 @@ class Mailbox:
 
     def take(self, node: int) -> tuple[bytes, list[str]]:
         """(PullMessagesResponse, ids of its objects, children first) of the next message; no ids when there is none."""
-        claimed = self._sql(_CLAIM, {"n": self._signed(node), "t": time.time(), "now": _now()})
+        claimed = self._sql(_CLAIM, {"n": self._signed(node), "t": steady.seconds(), "now": _now()})
         if not claimed:
             return wire.fleet.PullMessagesResponse().SerializeToString(), []
         message_id = claimed[0]["message_id"]
@@ -172,11 +171,11 @@ class Mailbox:
             return False
         asked, expires = found[0], found[0]["created_at"] + found[0]["ttl"]
         # Our clock decides: by the device's, a reply may be from the future, or from 1970.
-        metadata.created_at = time.time()
+        metadata.created_at = steady.seconds()
         metadata.ttl = max(0.0, expires - metadata.created_at)
         if self._validate(message=reply, is_reply_message=True):
             return False
-        if self._unsigned(asked["run_id"]) != metadata.run_id or expires <= time.time():
+        if self._unsigned(asked["run_id"]) != metadata.run_id or expires <= steady.seconds():
             return False
         if self._unsigned(asked["dst_node_id"]) != metadata.src_node_id:
             return False
@@ -195,4 +194,4 @@ def _insert(table: str, conflict: str = "") -> str:
 
 
 def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat()
+    return steady.now().isoformat()

@@ -23,6 +23,7 @@ from flwr.supercore.run import Run as Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_core.contracts.errors import IntegrityError
+from fl_core.flower.adapter import steady
 
 # flwr cuts arrays into pieces of 5 MiB; smaller ones bound what a server holds of many transfers at once.
 setattr(array, "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", 1 << 20)  # noqa: B010 mypy: not exported
@@ -104,6 +105,7 @@ def deflate(reply: Message) -> tuple[bytes, bytes, dict[str, bytes]]:
 def stamp(message: Message, *, run_id: int, task_id: int | None, node_id: int) -> None:
     """Make a message one of this run, whichever run the process-wide identity named when it was built."""
     message.metadata.__dict__.update(_run_id=run_id, _src_task_id=task_id, _src_node_id=node_id)
+    message.metadata.created_at = steady.seconds()
 
 
 def children_of(content: bytes, origin: str) -> list[str]:

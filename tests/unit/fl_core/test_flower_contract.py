@@ -64,6 +64,9 @@ METHODS = {
     "delete_messages": ["message_ins_ids"],
 }
 CONSTANTS = {
+    "flwr.server.superlink.linkstate.sql_linkstate": ["now"],
+    "flwr.server.superlink.linkstate.utils": ["now"],
+    "flwr.server.utils.validator": ["now"],
     "flwr.clientapp.client_app": ["LoadClientAppError"],
     "flwr.serverapp.server_app": ["LoadServerAppError"],
     "flwr.supercore.telemetry": ["EventType"],

@@ -70,6 +70,21 @@ def test_alive_means_that_the_newest_connection_has_not_ended(
     table.close()
 
 
+def test_old_states_repeated_do_not_count_and_a_device_set_up_anew_does(table: DeviceTable) -> None:
+    def said(kind: str, boot: int, number: int, at: float) -> bool:
+        found = Envelope(type=kind, boot=boot, connection=1, time=at, unknown={"number": number})
+        return table.next_in_place("v", found)
+
+    assert said("birth", 3, 1, 100.0)
+    assert said("state", 3, 2, 101.0)
+    assert said("state", 3, 2, 101.0), "kept by a broker, and heard again"
+    assert not said("birth", 3, 1, 100.0), "repeated by somebody"
+    assert not said("state", 2, 9, 200.0)
+    assert said("birth", 1, 1, 300.0), "set up anew: it counts from 1"
+    assert said("death", 1, 2**53 - 1, 300.0)
+    assert not said("state", 1, 3, 301.0), "its connection has ended"
+
+
 def test_a_reply_counts_once_and_only_from_its_device(table: DeviceTable) -> None:
     table.add_job(Job("j", "v", "ping", {}, None), valid_s=60)
     assert [job.id for job in table.open_jobs("v")] == ["j"]
