@@ -8,11 +8,13 @@ torch is not loaded before a round asks for it. Every agent reaches server and b
 which count bytes in both directions; to each piece that passes they add 104 bytes for its IP and TCP headers and its
 acknowledgement. The peer is ``flower-superlink`` and ``flower-supernode`` as they come, without TLS.
 
-Memory is VmRSS of the device's processes at the end (Pss too: what is not shared). Bytes of a day are an upper bound
-from cycles: what was seen in the window (polls and pings at their present, shorter intervals) as a rate, plus for each
-rarer contact of a day (telemetry every 30 min, safety question every 25 min with MQTT, welcome and repository every
-6 h) as much as the most expensive connection of a restarted agent, TLS handshake included. The peer polls every
-3 s: its rate needs no such addition.
+Memory is VmRSS of the device's processes at the end (Pss too: what is not shared). Bytes of a day are an upper bound:
+what was seen in the window (polls and pings at their present, shorter intervals) as a rate, plus the rarer contacts of a
+day, each at a price. Welcome and repository (every 6 h) cost as much as the most expensive connection of a restarted
+agent, TLS handshake included. So do, without MQTT, telemetry (every 30 min) and looks at the repository. With MQTT their
+prices are measured after the window: the safety question (every 25 min) by ringing the device after all its HTTPS
+connections were cut, so that a handshake is in it; telemetry by the command ``report``, whose own bytes count too, with
+the record sent at once and alone. The peer polls every 3 s: its rate needs no such addition.
 """
 
 from __future__ import annotations
@@ -33,29 +35,38 @@ from typing import Any
 from benchmarks._tcp_proxy import TcpProxy
 from fieldfleet.processes import Children, free_ports
 from fl_core.learning.application import application
+from fl_core.link import topics
+from fl_core.link.envelope import Envelope, encode
+from fl_core.link.session import MqttSession, Outgoing
+from fl_server.field import service_address
+from fl_server.home import ServerHome
 
 APPLICATION = "toy_regression"
-DAY_S, SETTLE_S, IDLE_S = 86_400.0, 45.0, 3.0
+DAY_S, SETTLE_S, IDLE_S, SILENCE_S = 86_400.0, 45.0, 3.0, 5.0
 TELEMETRY_A_DAY, SAFETY_A_DAY, WELCOME_A_DAY = 48, 58, 8
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of device. rare: contacts of a day beside polls and pings."""
+    """One kind of device. rare: contacts of a day, beside polls and pings, at the price of a new connection. questions,
+    telemetry: those whose own prices are measured.
+    """
 
     name: str
     options: tuple[str, ...] = ()
     mqtt: bool = True
     https: bool = True
-    rare: int = TELEMETRY_A_DAY + WELCOME_A_DAY
+    rare: int = WELCOME_A_DAY
+    questions: int = 0
+    telemetry: int = 0
 
 
 CASES = (
-    Case("https, able to train", mqtt=False),
+    Case("https, able to train", mqtt=False, rare=TELEMETRY_A_DAY + WELCOME_A_DAY),
     Case("https, inference only", ("--no-train",), mqtt=False, rare=TELEMETRY_A_DAY + WELCOME_A_DAY + 24),
-    Case("https + mqtt, able to train", rare=TELEMETRY_A_DAY + WELCOME_A_DAY + SAFETY_A_DAY),
-    Case("https + mqtt, inference only", ("--no-train",)),
-    Case("mqtt alone, able to train", https=False, rare=TELEMETRY_A_DAY + WELCOME_A_DAY + SAFETY_A_DAY),
+    Case("https + mqtt, able to train", questions=SAFETY_A_DAY, telemetry=TELEMETRY_A_DAY),
+    Case("https + mqtt, inference only", ("--no-train",), telemetry=TELEMETRY_A_DAY),
+    Case("mqtt alone, able to train", https=False, questions=SAFETY_A_DAY, telemetry=TELEMETRY_A_DAY),
 )
 
 
@@ -71,10 +82,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps(found))
         return 0
-    print(f"{'device':32} {'RSS MB':>8} {'PSS MB':>8} {'MB/day at most':>15} {'of it quiet':>12} {'a contact, B':>13}")
+    print(
+        f"{'device':32} {'RSS MB':>8} {'PSS MB':>8} {'MB/day at most':>15} {'of it quiet':>12} {'new contact, B':>15} "
+        f"{'question, B':>12} {'telemetry, B':>13}"
+    )
     for name, row in found.items():
-        cells = [row["rss_mb"], row["pss_mb"], row["mb_a_day"], row["quiet_mb_a_day"], row["contact_bytes"]]
-        print(f"{name:32} {cells[0]:8.1f} {cells[1]:8.1f} {cells[2]:15.2f} {cells[3]:12.2f} {cells[4]:13.0f}")
+        cells = [row["rss_mb"], row["pss_mb"], row["mb_a_day"], row["quiet_mb_a_day"]]
+        prices = [row["contact_bytes"], row["question_bytes"], row["telemetry_bytes"]]
+        print(
+            f"{name:32} {cells[0]:8.1f} {cells[1]:8.1f} {cells[2]:15.2f} {cells[3]:12.2f} {prices[0]:15.0f} "
+            f"{prices[1]:12.0f} {prices[2]:13.0f}"
+        )
     return 0
 
 
@@ -106,7 +124,13 @@ def measure(folder: Path, seconds: float, *, peer: bool) -> dict[str, Any]:
             began = time.monotonic()
             _wait(children, seconds)
             window = time.monotonic() - began
-            found = {device.case.name: device.result(window) for device in devices}
+            quiet = {device.name: device.quiet_a_day(window) for device in devices}
+            resident = {device.name: memory([device.pid]) for device in devices}
+            for device in devices:
+                device.ask_prices(children)
+            found = {
+                device.case.name: device.result(window, quiet[device.name], resident[device.name]) for device in devices
+            }
             if stock is not None:
                 found["stock supernode, no TLS"] = stock.result(window)
             return found
@@ -135,7 +159,7 @@ class Device:
         self.name, self.agent, self.data = f"device-{index}", folder / f"device-{index}", folder / "data"
         self._https, self._mqtt = TcpProxy(port).start(), TcpProxy(mqtt_port).start()
         self._process: subprocess.Popen[bytes] | None = None
-        self._before = self._restarted = 0
+        self._before = self._restarted = self._question = self._telemetry = 0
 
     def enrol(self, children: Children) -> None:
         where = ["--server", f"https://127.0.0.1:{self._https.port}"] if self.case.https else ["--transport", "mqtt"]
@@ -147,6 +171,7 @@ class Device:
         )
         settings = self.agent / "agent.toml"
         text = settings.read_text().replace("idle_s = 300.0", f"idle_s = {IDLE_S}")
+        text = text.replace("hold_s = 3600.0", "hold_s = 0.0")
         if not self.case.mqtt:
             text = text.replace("[mqtt]\nenabled = true", "[mqtt]\nenabled = false")
         settings.write_text(text)
@@ -205,17 +230,57 @@ class Device:
     def begin(self) -> None:
         self._before = self._wire()
 
-    def result(self, window: float) -> dict[str, float]:
-        assert self._process is not None
-        if self._process.poll() is not None:
+    def quiet_a_day(self, window: float) -> float:
+        """Bytes, at the rate of the window."""
+        if self.ended is not None:
             raise RuntimeError(f"{self.case.name} ended: see {self._folder}/logs/{self.name}.log")
-        quiet = (self._wire() - self._before) * DAY_S / window
+        return (self._wire() - self._before) * DAY_S / window
+
+    def ask_prices(self, children: Children) -> None:
+        if self.case.questions:
+            self._question = self._price(children, self._ring)
+        if self.case.telemetry:
+            command = ["server", "command", self.name, "report", "--home", str(self.home)]
+            self._telemetry = self._price(children, lambda: children.run(f"{self.name}-report", command))
+
+    def _ring(self) -> None:
+        """As the server does when a message waits."""
+        home = ServerHome(self.home)
+        session = MqttSession(service_address(home, topics.OPERATOR_ACCOUNT))
+        session.start()
+        try:
+            topic = topics.topic(home.settings.fleet, self.name, topics.COMMAND)
+            wake = Outgoing(topic=topic, payload=encode(Envelope(type="wake")))
+            if not session.wait_connected(20) or not session.deliver(wake, 20):
+                raise RuntimeError(f"{self.name} could not be rung: {session.failure}")
+        finally:
+            session.stop()
+
+    def _price(self, children: Children, do: Callable[[], object]) -> int:
+        """Bytes of what the device does then, all HTTPS connections made anew, until it has been silent for 5 s."""
+        self._https.reset()
+        _wait(children, 2.0)
+        before = self._wire()
+        do()
+        children.until(lambda: self._wire() > before, 30, f"an answer of {self.name}")
+        seen, since = self._wire(), time.monotonic()
+        while time.monotonic() - since < SILENCE_S:
+            time.sleep(0.2)
+            if self._wire() != seen:
+                seen, since = self._wire(), time.monotonic()
+        return seen - before
+
+    def result(self, window: float, quiet: float, resident: dict[str, float]) -> dict[str, float]:
+        case = self.case
         contact = max(c.bursts[0][2] for c in self._all()[self._restarted :] if c.bursts)
+        rare = case.rare * contact + case.questions * self._question + case.telemetry * self._telemetry
         return {
-            **memory([self._process.pid]),
+            **resident,
             "quiet_mb_a_day": quiet / 1e6,
             "contact_bytes": contact,
-            "mb_a_day": (quiet + self.case.rare * contact) / 1e6,
+            "question_bytes": self._question,
+            "telemetry_bytes": self._telemetry,
+            "mb_a_day": (quiet + rare) / 1e6,
             "window_s": window,
         }
 
@@ -282,7 +347,8 @@ class Peer:
             raise RuntimeError(f"the stock supernode sent nothing: see {self._folder}")
         quiet = wire * DAY_S / window / 1e6
         found = memory([self._running[-1].pid])
-        return {**found, "quiet_mb_a_day": quiet, "contact_bytes": 0, "mb_a_day": quiet, "window_s": window}
+        prices = {"contact_bytes": 0, "question_bytes": 0, "telemetry_bytes": 0}
+        return {**found, **prices, "quiet_mb_a_day": quiet, "mb_a_day": quiet, "window_s": window}
 
     def stop(self) -> None:
         for process in self._running:
