@@ -26,7 +26,8 @@ from benchmarks.tunnel import Relay, station
 from fl_clients.connection import ServerConnection, welcome
 from fl_clients.edge.courier import Courier
 from fl_clients.edge.field_link import FieldLink
-from fl_clients.edge.settings import AgentHome, AgentSettings, OutboxSettings, ServerSettings
+from fl_clients.edge.home import AgentHome
+from fl_clients.edge.settings import AgentSettings, OutboxSettings, ServerSettings
 from fl_clients.edge.shell import Agent, RunOptions
 from fl_core.identity import keys
 from fl_core.link import topics

@@ -239,7 +239,7 @@ def server_home(path: Path) -> Iterator[Finding]:
 def agent_home(path: Path) -> Iterator[Finding]:
     from urllib.parse import urlsplit
 
-    from fl_clients.edge.settings import AgentHome
+    from fl_clients.edge.home import AgentHome
     from fl_core.identity.ca import check_certificate
 
     home = AgentHome(path)

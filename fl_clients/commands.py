@@ -74,7 +74,8 @@ def run_init(args: argparse.Namespace) -> int:
     """The whole home or nothing: it appears only when key, settings and authority are in place, and it is enrolled."""
     from fl_clients.connection import ServerConnection
     from fl_clients.edge.broker_account import write_account
-    from fl_clients.edge.settings import SETTINGS_NAME, AgentHome, settings_text
+    from fl_clients.edge.home import SETTINGS_NAME, AgentHome
+    from fl_clients.edge.settings import settings_text
     from fl_clients.enrolment import enrol
     from fl_core.identity import keys
     from fl_core.learning.application import application
@@ -163,7 +164,7 @@ def _machine_name() -> str:
 
 def run_rotate_key(args: argparse.Namespace) -> int:
     from fl_clients.connection import open_transport
-    from fl_clients.edge.settings import AgentHome
+    from fl_clients.edge.home import AgentHome
     from fl_clients.enrolment import rotate_key, settle_rotation
     from fl_core.identity import keys
 
@@ -193,7 +194,7 @@ def _account(file: Path) -> dict[str, Any]:
 def run_account(args: argparse.Namespace) -> int:
     """For a device whose key had to be registered before it could have an account."""
     from fl_clients.edge.broker_account import write_account
-    from fl_clients.edge.settings import AgentHome
+    from fl_clients.edge.home import AgentHome
 
     home = AgentHome(args.home)
     home.settings()
@@ -205,8 +206,8 @@ def run_account(args: argparse.Namespace) -> int:
 
 
 def run_agent(args: argparse.Namespace) -> int:
+    from fl_clients.edge.home import AgentHome
     from fl_clients.edge.layout import migrate
-    from fl_clients.edge.settings import AgentHome
     from fl_clients.edge.shell import Agent, RunOptions
     from fl_clients.enrolment import settle_rotation
     from fl_core.contracts.installed import application_version, known_applications
@@ -251,7 +252,7 @@ def _in_words(facts: dict[str, Any]) -> str:
 
 
 def run_status(args: argparse.Namespace) -> int:
-    from fl_clients.edge.settings import AgentHome
+    from fl_clients.edge.home import AgentHome
     from fl_clients.edge.status import in_words, status_document
 
     document = status_document(AgentHome(args.home))
@@ -260,8 +261,8 @@ def run_status(args: argparse.Namespace) -> int:
 
 
 def run_enable_training(args: argparse.Namespace) -> int:
+    from fl_clients.edge.home import AgentHome
     from fl_clients.edge.operator import ask
-    from fl_clients.edge.settings import AgentHome
 
     home = AgentHome(args.home)
     home.settings()
@@ -273,7 +274,7 @@ def run_enable_training(args: argparse.Namespace) -> int:
 
 
 def run_roll_back(args: argparse.Namespace) -> int:
-    from fl_clients.edge.settings import AgentHome
+    from fl_clients.edge.home import AgentHome
     from fl_clients.edge.slots import roll_back
 
     home = AgentHome(args.home)

@@ -26,7 +26,8 @@ from fl_core.identity.keys import PrivateKey
 from fl_core.identity.signature import HeaderSigner
 
 if TYPE_CHECKING:
-    from fl_clients.edge.settings import AgentHome, AgentSettings
+    from fl_clients.edge.home import AgentHome
+    from fl_clients.edge.settings import AgentSettings
     from fl_clients.tunnel import TunnelClient
 
 WELCOME_PATH = "/fieldfleet/v1/welcome"

@@ -24,7 +24,8 @@ from fl_core.storage import atomic
 
 if TYPE_CHECKING:
     from fl_clients.connection import Transport
-    from fl_clients.edge.settings import AgentHome, AgentSettings
+    from fl_clients.edge.home import AgentHome
+    from fl_clients.edge.settings import AgentSettings
 
 AUTHORITY_PATH = "/fieldfleet/v1/authority"
 ENROL_PATH = "/fieldfleet/v1/enrol"

@@ -16,7 +16,8 @@ from fl_core.link import topics
 from fl_core.link.session import BrokerAddress, MqttSession
 
 if TYPE_CHECKING:
-    from fl_clients.edge.settings import AgentHome, AgentSettings
+    from fl_clients.edge.home import AgentHome
+    from fl_clients.edge.settings import AgentSettings
 
 
 class OwnBrokerConnection(BrokerConnection):

@@ -10,7 +10,8 @@ from pathlib import Path
 from fl_clients.connection import Transport, Unreachable, Welcome
 from fl_clients.edge.courier import Courier
 from fl_clients.edge.field_link import FieldLink
-from fl_clients.edge.settings import AgentHome, MqttSettings, OutboxSettings
+from fl_clients.edge.home import AgentHome
+from fl_clients.edge.settings import MqttSettings, OutboxSettings
 from fl_core.identity.keys import load_private_key
 from fl_core.link.backoff import Backoff
 

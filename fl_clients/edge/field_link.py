@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fl_clients.connection import Welcome
 from fl_clients.edge.broker_account import as_welcome, broker_of, read_account
 from fl_clients.edge.duties import WAKE
-from fl_clients.edge.settings import AgentHome, MqttSettings, OutboxSettings
+from fl_clients.edge.home import AgentHome
+from fl_clients.edge.settings import MqttSettings, OutboxSettings
 from fl_core.contracts.errors import IntegrityError
 from fl_core.identity.keys import PrivateKey
 from fl_core.link import topics

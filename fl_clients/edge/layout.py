@@ -7,7 +7,8 @@ import logging
 import os
 from pathlib import Path
 
-from fl_clients.edge.settings import AgentHome, AgentSettings
+from fl_clients.edge.home import AgentHome
+from fl_clients.edge.settings import AgentSettings
 from fl_clients.edge.slots import NAMES
 from fl_core.contracts.errors import IntegrityError
 from fl_core.contracts.manifests import BundleManifest, read_manifest

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fl_clients.connection import open_transport
+from fl_clients.edge.home import AgentHome
 from fl_clients.edge.inference_process import InferenceProcess, ProcessEnded
 from fl_clients.edge.relay import repository_at
-from fl_clients.edge.settings import AgentHome, AgentSettings
+from fl_clients.edge.settings import AgentSettings
 from fl_clients.edge.slots import Slots
 from fl_clients.edge.updater import UpdateResult, update
 from fl_clients.edge.welcome import enter_or_remember, pinned_root, root_file, stored_welcome

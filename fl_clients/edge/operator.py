@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_clients.edge.settings import AgentHome
+from fl_clients.edge.home import AgentHome
 from fl_core.contracts.errors import EnvironmentFault
 from fl_core.storage import atomic
 

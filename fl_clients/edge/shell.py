@@ -30,11 +30,12 @@ from fl_clients.edge.data_state import DataStates
 from fl_clients.edge.device_state import Probes
 from fl_clients.edge.duties import JobDesk, Schedule, reply_body
 from fl_clients.edge.field_link import FieldLink
+from fl_clients.edge.home import AgentHome
 from fl_clients.edge.models import Models, NothingPublished
 from fl_clients.edge.offers import Offer, Offers
 from fl_clients.edge.operator import OperatorSocket, StatusFile
 from fl_clients.edge.samples.keeper import SampleKeeper
-from fl_clients.edge.settings import AgentHome, AgentSettings
+from fl_clients.edge.settings import AgentSettings
 from fl_clients.edge.training import Training, worker_command
 from fl_clients.edge.updater import UpdateResult
 from fl_clients.edge.welcome import enter, enter_or_remember, stored_welcome

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from fl_clients.edge.home import AgentHome
 from fl_clients.edge.operator import StatusFile, ask
-from fl_clients.edge.settings import AgentHome
 from fl_clients.edge.slots import Slots
 from fl_clients.edge.welcome import stored_welcome
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from fl_clients.connection import Transport, Unreachable, Welcome, parse_welcome, welcome
-from fl_clients.edge.settings import AgentHome
+from fl_clients.edge.home import AgentHome
 from fl_core.contracts.errors import IntegrityError, RefusedError
 from fl_core.storage import atomic
 

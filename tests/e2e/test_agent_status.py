@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from fl_clients.edge.home import AgentHome
 from fl_clients.edge.operator import OperatorSocket, StatusFile, ask
-from fl_clients.edge.settings import AgentHome
 from fl_clients.training.breaker import LIMIT, Breaker
 from fl_core.contracts.installed import package_version
 from tests.bundles import TOY

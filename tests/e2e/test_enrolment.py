@@ -13,7 +13,7 @@ import pytest
 
 from fl_clients import enrolment
 from fl_clients.connection import CertificateRefused, ServerConnection, Unregistered, welcome
-from fl_clients.edge.settings import AgentHome
+from fl_clients.edge.home import AgentHome
 from fl_core.contracts.errors import FieldfleetError, RefusedError
 from fl_core.identity import keys
 from fl_core.identity.token import EnrolmentToken, certificate_sha256, read_token

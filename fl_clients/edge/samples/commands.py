@@ -14,8 +14,9 @@ from fl_core.contracts.cli import Subparsers, command, emit
 from fl_core.contracts.errors import InputError
 
 if TYPE_CHECKING:
+    from fl_clients.edge.home import AgentHome
     from fl_clients.edge.samples.store import SampleStore
-    from fl_clients.edge.settings import AgentHome, AgentSettings
+    from fl_clients.edge.settings import AgentSettings
 
 
 def add_data_commands(inner: Subparsers) -> None:
@@ -132,7 +133,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _home(args: argparse.Namespace) -> tuple[AgentHome, AgentSettings]:
-    from fl_clients.edge.settings import AgentHome
+    from fl_clients.edge.home import AgentHome
 
     home = AgentHome(args.home)
     settings = home.settings()

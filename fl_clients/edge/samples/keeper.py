@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fl_clients.edge.home import AgentHome
 from fl_clients.edge.samples.index import Limits, SampleIndex, prepare
-from fl_clients.edge.settings import AgentHome, AgentSettings, SampleSettings
+from fl_clients.edge.settings import AgentSettings, SampleSettings
 from fl_core.contracts.errors import FieldfleetError
 from fl_core.link.backoff import Backoff
 

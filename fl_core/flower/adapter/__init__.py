@@ -9,7 +9,8 @@ from fl_core.contracts.offswitches import set_off_switches
 set_off_switches()
 
 from fl_core.flower.adapter.exchanges import Exchange, Partial, without  # noqa: E402 after the switches
-from fl_core.flower.adapter.link_store import FleetAnswer, LinkStore  # noqa: E402 after the switches
+from fl_core.flower.adapter.fleet_api import FleetAnswer  # noqa: E402 after the switches
+from fl_core.flower.adapter.link_store import LinkStore  # noqa: E402 after the switches
 from fl_core.flower.adapter.messages import (  # noqa: E402
     Run,
     assume_identity,

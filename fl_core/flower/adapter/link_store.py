@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,83 +18,19 @@ from flwr.supercore.run import Run
 
 from fl_core.contracts.errors import EnvironmentFault, IntegrityError
 from fl_core.flower import wire
-from fl_core.flower.adapter import steady, stock
+from fl_core.flower.adapter import stock
 from fl_core.flower.adapter.exchanges import Exchange, Exchanges, Partial, without
+from fl_core.flower.adapter.fleet_api import FleetAnswer, FleetApi
 from fl_core.flower.adapter.mailbox import Mailbox
 from fl_core.flower.adapter.messages import assume_identity, children, inflate, set_message_id, stamp
 from fl_core.flower.adapter.objects import Objects
+from fl_core.flower.adapter.opening import load_modules, open_state
 from fl_core.flower.adapter.sql import Sql
 from fl_core.flower.adapter.stock import store_bundle
 from fl_core.flower.wire import FleetRefused
 from fl_core.storage import atomic
 
 HEARTBEAT_SECONDS = 30.0
-PAGE_BYTES = "16384"
-
-
-@dataclass(frozen=True)
-class FleetAnswer:
-    """The response message; ``reply_complete`` when this call brought in the last part of a reply."""
-
-    body: bytes
-    reply_complete: bool
-
-
-@dataclass(frozen=True)
-class _Modules:
-    """flwr's server half, imported when a store is opened."""
-
-    handlers: Any
-    fleet_pb2: Any
-    message_pb2: Any
-    heartbeat_pb2: Any
-    run_pb2: Any
-    fab_pb2: Any
-    errors: Any
-    catalog: Any
-    constant: Any
-    core_constant: Any
-    utils: Any
-    sqlalchemy_errors: Any
-
-
-def _modules() -> _Modules:
-    names = {
-        "handlers": "flwr.superlink.servicer.fleet.fleet_handlers",
-        "fleet_pb2": "flwr.proto.fleet_pb2",
-        "message_pb2": "flwr.proto.message_pb2",
-        "heartbeat_pb2": "flwr.proto.heartbeat_pb2",
-        "run_pb2": "flwr.proto.run_pb2",
-        "fab_pb2": "flwr.proto.fab_pb2",
-        "errors": "flwr.supercore.error",
-        "catalog": "flwr.supercore.error.catalog",
-        "constant": "flwr.common.constant",
-        "core_constant": "flwr.supercore.constant",
-        "utils": "flwr.supercore.utils",
-        "sqlalchemy_errors": "sqlalchemy.exc",
-    }
-    return _Modules(**{field: importlib.import_module(name) for field, name in names.items()})
-
-
-def _open_state(database: Path) -> Any:
-    """LinkState and ObjectStore in one SQLite file, with a small page cache: 64 MB and a 256 MB map suit no edge server.
-
-    Its content is mostly objects of 1 MiB: larger pages (of a new file) cost fewer system calls, and what is deleted is
-    not written once more as zeros, as some builds of SQLite do.
-    """
-    sql_mixin: Any = importlib.import_module("flwr.supercore.sql_mixin")
-    config_loader = importlib.import_module("flwr.superlink.config_loader")
-    logging.getLogger("flwr").setLevel(logging.ERROR)
-    steady.install()
-    ours = {"cache_size": "-8000", "mmap_size": "0", "busy_timeout": "30000", "secure_delete": "FAST"}
-    ours["wal_autocheckpoint"] = str(
-        (64 << 20) // int(PAGE_BYTES)
-    )  # a round's pages are copied once, not at each commit
-    theirs = {key: value for key, value in sql_mixin.SQLITE_PRAGMAS if key != "page_size"}
-    sql_mixin.SQLITE_PRAGMAS = (("page_size", PAGE_BYTES), *{**theirs, **ours}.items())  # the size of pages comes first
-    manager = config_loader.get_federation_manager()
-    _, factory = config_loader.get_objectstore_linkstate_factories(str(database), manager)
-    return factory.state()
 
 
 class LinkStore:
@@ -106,8 +40,8 @@ class LinkStore:
     """
 
     def __init__(self, database: Path) -> None:
-        self._m = _modules()
-        self._file, self._state = database, _open_state(database)
+        self._m = load_modules()
+        self._file, self._state = database, open_state(database)
         self._store = self._state.object_store
         self._lock = threading.RLock()
         signed = self._m.utils.uint64_to_int64
@@ -116,7 +50,7 @@ class LinkStore:
             self._objects, self._exchanges = Objects(self._sql, signed), Exchanges(self._sql, signed)
             self._mailbox = Mailbox(self._sql)
         self._ready: dict[int, dict[str, str]] = {}  # by run, of what ``ready`` was asked for
-        self._calls = self._fleet_calls()
+        self._api = FleetApi(self._m, self._state)
 
     # Devices
 
@@ -279,7 +213,7 @@ class LinkStore:
 
         Its instruction is confirmed with it. A reply to what was forgotten meanwhile is dropped. Raises FleetRefused.
         """
-        found = self._parsed("push-messages", request, node, public_pem)
+        found = self._api.parse("push-messages", request, node, public_pem)
         reply = message_from_proto(found.messages_list[0])
         run_id, message_id = reply.metadata.run_id, reply.metadata.message_id
         with self._lock:
@@ -383,62 +317,14 @@ class LinkStore:
 
         Raises FleetRefused with the HTTP status that Flower documents for it. A node speaks for itself only.
         """
-        request = self._parsed(name, body, node, public_pem)
-        handler = self._calls[name][1]
-        try:
-            with self.together():
-                response = handler(request, self._state)
-                if name == "push-object" and not response.stored:
-                    raise _NotStored(response)  # flwr swallows the error: undo the half-done statements before it
-        except _NotStored as refused:
-            response = refused.response
-        except self._m.errors.FlowerError as error:
-            spec = self._m.catalog.API_ERROR_MAP[error.code]
-            raise FleetRefused(spec.http_status_code, spec.public_message) from None
-        except (KeyError, ValueError) as error:  # an unknown run, a malformed message or tree
-            raise FleetRefused(400, f"{name} refused: {type(error).__name__}") from None
-        except self._m.sqlalchemy_errors.OperationalError:
-            raise FleetRefused(503, "the server's store is busy") from None
+        request = self._api.parse(name, body, node, public_pem)
+        response = self._api.answer(name, request, self.together)
         session = getattr(response if name == "push-messages" else request, "session_id", "")
         complete = bool(session) and self.upload_done(session)
         if complete or name == "push-messages":
             with self._lock:
                 self._ready.clear()
         return FleetAnswer(response.SerializeToString(), complete)
-
-    def _parsed(self, name: str, body: bytes, node: int, public_pem: bytes) -> Any:
-        if name not in self._calls:
-            raise FleetRefused(404, f"no such Fleet call: {name}")
-        try:
-            request = self._calls[name][0].FromString(body)
-        except Exception as error:  # protobuf's DecodeError, whichever implementation is loaded
-            raise FleetRefused(400, f"not a readable {name} request: {type(error).__name__}") from None
-        wire.check_sender(request, node, public_pem)
-        return request
-
-    def _fleet_calls(self) -> dict[str, tuple[Any, Callable[[Any, Any], Any]]]:
-        """register-node and unregister-node are left out: keys come from our registry. The bundle of get-fab has no code."""
-        m, h = self._m, self._m.handlers
-        return {
-            "activate-node": (m.fleet_pb2.ActivateNodeRequest, h.activate_node),
-            "deactivate-node": (m.fleet_pb2.DeactivateNodeRequest, h.deactivate_node),
-            "send-node-heartbeat": (m.heartbeat_pb2.SendNodeHeartbeatRequest, h.send_node_heartbeat),
-            "pull-messages": (m.fleet_pb2.PullMessagesRequest, lambda r, s: h.pull_messages(r, s, s.object_store)),
-            "push-messages": (m.fleet_pb2.PushMessagesRequest, h.push_messages),
-            "get-run": (m.run_pb2.GetRunRequest, h.get_run),
-            "get-fab": (m.fab_pb2.GetFabRequest, h.get_fab),
-            "push-object": (m.message_pb2.PushObjectRequest, h.push_object),
-            "pull-object": (m.message_pb2.PullObjectRequest, h.pull_object),
-            "confirm-message-received": (m.message_pb2.ConfirmMessageReceivedRequest, self._confirm),
-        }
-
-    def _confirm(self, request: Any, state: Any) -> Any:
-        """Flower's handler deletes whatever object is named: only an instruction to this very node may be."""
-        query = "SELECT 1 FROM message_ins WHERE message_id=:m AND dst_node_id=:n"
-        values = {"m": request.message_object_id, "n": self._m.utils.uint64_to_int64(request.node.node_id)}
-        if state.query(query, values):
-            return self._m.handlers.confirm_message_received(request, state, state.object_store)
-        return self._m.message_pb2.ConfirmMessageReceivedResponse()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -450,9 +336,3 @@ class LinkStore:
             if "disk is full" not in str(error.orig):
                 raise
             raise EnvironmentFault(f"{self._file}: {error.orig}", remedy=atomic.NO_SPACE_REMEDY) from None
-
-
-class _NotStored(Exception):
-    def __init__(self, response: Any) -> None:
-        super().__init__("not stored")
-        self.response = response

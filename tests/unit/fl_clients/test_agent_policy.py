@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from fl_clients.connection import Unreachable, Welcome
 from fl_clients.edge import welcome as contact
 from fl_clients.edge.duties import JOBS, JobDesk, Schedule
-from fl_clients.edge.settings import AgentHome, settings_text
+from fl_clients.edge.home import AgentHome
+from fl_clients.edge.settings import settings_text
 from fl_clients.edge.summary import SMALLEST_COUNT, summarize
 from fl_core.contracts.errors import ConfigError, EnvironmentFault, InputError, RefusedError
 from fl_core.identity import ca
@@ -135,7 +136,7 @@ def test_the_boot_counter_grows_whatever_happened_to_its_file(home: AgentHome) -
 
 LOCKER = """
 import sys, pathlib
-from fl_clients.edge.settings import AgentHome
+from fl_clients.edge.home import AgentHome
 with AgentHome(pathlib.Path(sys.argv[1])).lock():
     print("held", flush=True)
     sys.stdin.read()

@@ -20,8 +20,9 @@ from fl_clients.auto_connection import AutoConnection
 from fl_clients.broker_connection import BrokerConnection
 from fl_clients.connection import ServerConnection, Unreachable, Unregistered, open_transport, welcome
 from fl_clients.edge.broker_account import write_account
+from fl_clients.edge.home import AgentHome
 from fl_clients.edge.relay import repository_at
-from fl_clients.edge.settings import AgentHome, settings_text
+from fl_clients.edge.settings import settings_text
 from fl_clients.enrolment import rotate_key
 from fl_clients.training.fleet import FleetClient
 from fl_core.flower.messages import Reply

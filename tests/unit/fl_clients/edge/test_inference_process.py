@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from fl_clients.edge.home import AgentHome
 from fl_clients.edge.inference_process import InferenceProcess, ProcessEnded
 from fl_clients.edge.models import FATAL_LOADS, Models
-from fl_clients.edge.settings import AgentHome, InferenceSettings, settings_text
+from fl_clients.edge.settings import InferenceSettings, settings_text
 from fl_clients.edge.slots import Slots
 from fl_clients.edge.updater import update
 from fl_core.contracts.errors import DataError, EnvironmentFault, InputError

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fl_clients.edge.home import AgentHome
 from fl_clients.edge.layout import migrate
-from fl_clients.edge.settings import AgentHome, settings_text
+from fl_clients.edge.settings import settings_text
 from fl_clients.edge.slots import Slots, current_bundle
 from fl_clients.edge.updater import update
 from tests.bundles import TARGET, TOY, publish_toy
@@ -58,7 +59,7 @@ def test_an_old_home_is_taken_over(tmp_path: Path, key: str) -> None:
 CRASHING = """
 import os, pathlib, signal, sys
 from fl_clients.edge import layout
-from fl_clients.edge.settings import AgentHome
+from fl_clients.edge.home import AgentHome
 from fl_core.storage import atomic
 left = [int(sys.argv[2])]
 def crashing(function):

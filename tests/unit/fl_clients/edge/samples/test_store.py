@@ -18,10 +18,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from fl_clients.edge.home import AgentHome
 from fl_clients.edge.samples.index import Limits
 from fl_clients.edge.samples.keeper import SampleKeeper
 from fl_clients.edge.samples.store import SampleStore, data_version, open_data
-from fl_clients.edge.settings import AgentHome, AgentSettings, DeviceSettings, SampleSettings, ServerSettings
+from fl_clients.edge.settings import AgentSettings, DeviceSettings, SampleSettings, ServerSettings
 from fl_core.contracts.errors import DataError, EnvironmentFault, InputError
 from fl_core.learning.application import application
 from tests.helpers import ROOT, small_config
