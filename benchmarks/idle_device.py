@@ -13,8 +13,8 @@ what was seen in the window (polls and pings at their present, shorter intervals
 day, each at a price. Welcome and repository (every 6 h) cost as much as the most expensive connection of a restarted
 agent, TLS handshake included. So do, without MQTT, telemetry (every 30 min) and looks at the repository. With MQTT their
 prices are measured after the window: the safety question (every 25 min) by ringing the device after all its HTTPS
-connections were cut, so that a handshake is in it; telemetry by the command ``report``, whose own bytes count too, with
-the record sent at once and alone. The peer polls every 3 s: its rate needs no such addition.
+connections were cut, so that a handshake is in it; telemetry by the command ``report``, which with its answer, the same facts
+uncompressed, is larger than a record with its receipt. The peer polls every 3 s: its rate needs no such addition.
 """
 
 from __future__ import annotations
@@ -171,7 +171,6 @@ class Device:
         )
         settings = self.agent / "agent.toml"
         text = settings.read_text().replace("idle_s = 300.0", f"idle_s = {IDLE_S}")
-        text = text.replace("hold_s = 3600.0", "hold_s = 0.0")
         if not self.case.mqtt:
             text = text.replace("[mqtt]\nenabled = true", "[mqtt]\nenabled = false")
         settings.write_text(text)

@@ -7,15 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from fl_clients.broker_connection import BrokerConnection
-from fl_clients.connection import Answer, Response, ServerConnection, Unreachable
+from fl_clients.connection import Response, ServerConnection, Transport, Unreachable
 from fl_clients.tunnel import TunnelClient
-from fl_core.contracts.errors import IntegrityError
 from fl_core.identity.signature import HeaderSigner
 
 AGAIN_S = 600.0  # until HTTPS is tried again
 
 
-class AutoConnection:
+class AutoConnection(Transport):
     """Requests of one thread, like those it chooses from. What one finds out counts for all that share the tunnel."""
 
     def __init__(
@@ -35,22 +34,6 @@ class AutoConnection:
     @property
     def signer(self) -> HeaderSigner:
         return self._direct.signer
-
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: bytes | Iterable[bytes] = b"",
-        *,
-        limit: int,
-        timeout: float = 30.0,
-        headers: Mapping[str, str] | None = None,
-    ) -> Answer:
-        with self.stream(method, path, body, timeout=timeout, headers=headers) as response:
-            data = response.read(limit + 1)
-            if len(data) > limit:
-                raise IntegrityError(f"{self.url}{path}: the answer is over the limit of {limit:,} bytes")
-            return Answer(response.status, data, dict(response.getheaders()))
 
     @contextlib.contextmanager
     def stream(

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from fl_clients.connection import Answer, Response, Unreachable
+from fl_clients.connection import Answer, Response, Transport, Unreachable
 from fl_clients.tunnel import TunnelClient
 from fl_core.contracts.errors import IntegrityError
 from fl_core.identity.keys import PrivateKey
@@ -48,11 +48,11 @@ class BrokerResponse:
         return b"".join(parts)
 
 
-class BrokerConnection:
+class BrokerConnection(Transport):
     """Requests of one thread; ``interrupt`` may be called from any other. Many may share one tunnel."""
 
     def __init__(self, tunnel: TunnelClient, key: PrivateKey) -> None:
-        self.signer = HeaderSigner(key)
+        self._signer = HeaderSigner(key)
         self._tunnel = tunnel
         self._current: tuple[End, Stream] | None = None
         self._interrupted = False
@@ -61,21 +61,9 @@ class BrokerConnection:
     def url(self) -> str:
         return self._tunnel.address
 
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: bytes | Iterable[bytes] = b"",
-        *,
-        limit: int,
-        timeout: float = 30.0,
-        headers: Mapping[str, str] | None = None,
-    ) -> Answer:
-        with self.stream(method, path, body, timeout=timeout, headers=headers) as response:
-            data = response.read(limit + 1)
-            if len(data) > limit:
-                raise IntegrityError(f"{self.url}{path}: the answer is over the limit of {limit:,} bytes")
-            return Answer(response.status, data, dict(response.getheaders()))
+    @property
+    def signer(self) -> HeaderSigner:
+        return self._signer
 
     @contextlib.contextmanager
     def stream(

@@ -88,7 +88,10 @@ class Response(Protocol):
 
 
 class Transport(Protocol):
-    """Requests of one thread to the server, however they travel; ``interrupt`` may be called from any thread."""
+    """Requests of one thread to the server, however they travel; ``interrupt`` may be called from any thread.
+
+    The kinds of it say how ``stream`` goes; ``request`` is the same for all.
+    """
 
     @property
     def url(self) -> str: ...
@@ -107,7 +110,11 @@ class Transport(Protocol):
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """Raises Unreachable, CertificateRefused, or IntegrityError for an answer of more than ``limit`` bytes."""
-        ...
+        with self.stream(method, path, body, timeout=timeout, headers=headers) as response:
+            data = response.read(limit + 1)
+            if len(data) > limit:
+                raise IntegrityError(f"{self.url}{path}: the answer is over the limit of {limit:,} bytes")
+            return Answer(response.status, data, dict(response.getheaders()))
 
     def stream(
         self,
@@ -166,7 +173,7 @@ def open_tunnel(home: AgentHome, settings: AgentSettings, key: PrivateKey) -> Tu
     return TunnelClient(key, home.ca_file)
 
 
-class ServerConnection:
+class ServerConnection(Transport):
     """The Transport over HTTPS: requests of one thread; ``interrupt`` may be called from any other. Raises InputError for a malformed URL."""
 
     def __init__(self, url: str, ca: Path, key: PrivateKey) -> None:
@@ -174,8 +181,7 @@ class ServerConnection:
         if parts.scheme != "https" or not parts.hostname or parts.path.strip("/"):
             raise InputError(f"server {url!r} is not an https:// address", remedy="write https://HOST:PORT")
         self.host, self.port = parts.hostname, parts.port or DEFAULT_SERVER_PORT
-        self.url = f"https://{self.host}:{self.port}"
-        self.signer = HeaderSigner(key)
+        self._signer = HeaderSigner(key)
         if not ca.is_file():
             raise InputError(f"{ca}: no such CA file", remedy="copy HOME/ca/ca.pem from the server")
         try:
@@ -186,21 +192,13 @@ class ServerConnection:
         self._http: http.client.HTTPSConnection | None = None
         self._trusting_server_clock = False
 
-    def request(
-        self,
-        method: str,
-        path: str,
-        body: bytes | Iterable[bytes] = b"",
-        *,
-        limit: int,
-        timeout: float = 30.0,
-        headers: Mapping[str, str] | None = None,
-    ) -> Answer:
-        with self.stream(method, path, body, timeout=timeout, headers=headers) as response:
-            data = response.read(limit + 1)
-            if len(data) > limit:
-                raise IntegrityError(f"{self.url}{path}: the answer is over the limit of {limit:,} bytes")
-            return Answer(response.status, data, dict(response.getheaders()))
+    @property
+    def url(self) -> str:
+        return f"https://{self.host}:{self.port}"
+
+    @property
+    def signer(self) -> HeaderSigner:
+        return self._signer
 
     @contextlib.contextmanager
     def stream(

@@ -28,12 +28,13 @@ from fl_clients.edge.contact import ContactKeeper
 from fl_clients.edge.courier import Courier
 from fl_clients.edge.data_state import DataStates
 from fl_clients.edge.device_state import Probes
-from fl_clients.edge.duties import JobDesk, Schedule, reply_body
+from fl_clients.edge.duties import Schedule
 from fl_clients.edge.field_link import FieldLink
 from fl_clients.edge.home import AgentHome
 from fl_clients.edge.models import Models, NothingPublished
 from fl_clients.edge.offers import Offer, Offers
 from fl_clients.edge.operator import OperatorSocket, StatusFile
+from fl_clients.edge.orders import Orders
 from fl_clients.edge.samples.keeper import SampleKeeper
 from fl_clients.edge.settings import AgentSettings
 from fl_clients.edge.training import Training, worker_command
@@ -119,7 +120,14 @@ class Agent:
             self.link.records, self.link, lambda: open_transport(home, settings, self.key, self.tunnel)
         )
         self.samples = SampleKeeper(home, settings, changed=self._new_samples)
-        self.desk = JobDesk(self.link.finished)
+        self.orders = Orders(
+            self.link,
+            self.models,
+            self.work,
+            ring=self.wake.set,
+            facts=self.facts,
+            enable=self._enable_training,
+        )
         self.operator, self.status_file = OperatorSocket(home, self._serve_operator), StatusFile(home)
         self.keeper = ContactKeeper(
             lambda: enter(home, self.connection),
@@ -274,9 +282,13 @@ class Agent:
 
     def _serve_operator(self, request: Mapping[str, Any]) -> dict[str, Any]:
         if request.get("do") == duties.ENABLE:
-            self.training.enable()
-            self._announce()
+            self._enable_training()
         return self.local_facts()
+
+    def _enable_training(self) -> dict[str, Any]:
+        self.training.enable()
+        self._announce()
+        return self.training.facts()
 
     def _should_look(self) -> bool:
         """While the server tells of new models, regular looks at its repository are few."""
@@ -331,42 +343,10 @@ class Agent:
     # commands
 
     def _take(self, kind: str, message: Envelope) -> None:
-        if kind == topics.DESIRED:
-            if (offer := Offer.from_body(message.body)) is not None:
-                self._hear(offer)
-            return
-        step = self.desk.decide(message)
-        if step == "ring":
-            self.wake.set()
-        elif step == "repeat":
-            self.link.repeat(message.id)
-        elif step == "refuse":
-            self._finish(message.id, message.type, reply_body(ok=False, error=f"unknown command {message.type!r}"))
-        elif step == "run" and message.type == duties.PING:
-            self._finish(message.id, message.type, reply_body(ok=True, time=time.time(), boot=self.link.boot))
-        elif step == "run" and message.type == duties.REPORT:
-            self._finish(message.id, message.type, reply_body(ok=True, **self.facts()))
-        elif step == "run" and message.type == duties.ENABLE:
-            self.training.enable()
-            self._finish(message.id, message.type, reply_body(ok=True, training=self.training.facts()))
-            self._announce()
-        elif step == "run":
-            self._begin_job(message)
-
-    def _begin_job(self, message: Envelope) -> None:
-        application = message.body.get("application", "")
-        try:
-            self.models.chosen(application if isinstance(application, str) else repr(application))
-        except InputError as error:
-            self._finish(message.id, message.type, reply_body(ok=False, error=str(error)[:500]))
-            return
-        self.work.put(Task(message.type, message.id, application))
-
-    def _finish(self, job_id: str, kind: str, body: dict[str, Any]) -> None:
-        try:
-            self.link.finish(job_id, kind, body)
-        finally:
-            self.desk.done(job_id)
+        if kind != topics.DESIRED:
+            self.orders.take(message)
+        elif (offer := Offer.from_body(message.body)) is not None:
+            self._hear(offer)
 
     def _hear(self, offer: Offer) -> None:
         """The repository has changed: look at it, but not together with every other device of the fleet."""
@@ -384,7 +364,7 @@ class Agent:
         if task.kind == duties.UPDATE:
             self._plan_retry()
         if task.job_id and not self.stop.is_set():  # else it stays open, and is run when it is sent again
-            self._finish(task.job_id, task.kind, body)
+            self.orders.finish(task.job_id, task.kind, body)
 
     def updated(self, application: str, result: UpdateResult) -> None:
         generation = result.facts.get("repository")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,17 @@ class Stored:
     payload: bytes
 
 
+@contextmanager
+def unusable_outbox(path: Path) -> Iterator[None]:
+    """What SQLite cannot read, said to people, with the remedy."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise EnvironmentFault(
+            f"{path}: not usable as the device's outbox: {error}", remedy="move the file away and start again"
+        ) from None
+
+
 class DeviceStore:
     """Outbox and jobs. Thread-safe; ``max_messages`` and ``max_bytes`` (of payload) bound the outbox, ``max_jobs`` the memory of jobs."""
 
@@ -52,17 +63,13 @@ class DeviceStore:
         self._max_messages, self._max_bytes, self._max_jobs = max_messages, max_bytes, max_jobs
         self._max_age = max_age_s
         self._listener: Callable[[], None] | None = None
-        try:
+        with unusable_outbox(path):
             self._db = database.connect(path, SCHEMA)
             if "made" not in {row["name"] for row in self._db.execute("PRAGMA table_info(outbox)")}:
                 self._db.execute(
                     "ALTER TABLE outbox ADD COLUMN made REAL NOT NULL DEFAULT 0"
                 )  # a file of an older version
             self._db.execute("UPDATE outbox SET made = ? WHERE made = 0", (time.time(),))
-        except sqlite3.DatabaseError as error:
-            raise EnvironmentFault(
-                f"{path}: not usable as the device's outbox: {error}", remedy="move the file away and start again"
-            ) from None
 
     def close(self) -> None:
         with self._lock:

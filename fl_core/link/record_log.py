@@ -7,7 +7,6 @@ the oldest telemetry first; what was dropped leaves a gap in the numbers, which 
 from __future__ import annotations
 
 import json
-import sqlite3
 import threading
 import time
 import uuid
@@ -16,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fl_core.contracts.errors import EnvironmentFault
 from fl_core.link import batch as batches
 from fl_core.link.batch import Batch, Record
+from fl_core.link.outbox import unusable_outbox
 from fl_core.storage import database
 
 SCHEMA = """
@@ -49,16 +48,12 @@ class RecordLog:
         self._lock = threading.RLock()
         self._count = self._size = 0
         self._listener: Callable[[], None] | None = None
-        try:
+        with unusable_outbox(path):
             self._db = database.connect(path, SCHEMA)
             with self._transaction():
                 self._db.execute("INSERT OR IGNORE INTO record_store (one, id) VALUES (1, ?)", (uuid.uuid4().hex,))
             self.store = self._one("SELECT id FROM record_store")
             self._measure()
-        except sqlite3.DatabaseError as error:
-            raise EnvironmentFault(
-                f"{path}: not usable as the device's outbox: {error}", remedy="move the file away and start again"
-            ) from None
 
     def close(self) -> None:
         with self._lock:
