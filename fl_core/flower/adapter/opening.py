@@ -11,6 +11,7 @@ from typing import Any
 from fl_core.flower.adapter import steady
 
 PAGE_BYTES = "16384"
+WAL_BYTES = 32 << 20  # a round's pages are copied once, not at each commit; as much more on disk
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,7 @@ def open_state(database: Path) -> Any:
     logging.getLogger("flwr").setLevel(logging.ERROR)
     steady.install()
     ours = {"cache_size": "-8000", "mmap_size": "0", "busy_timeout": "30000", "secure_delete": "FAST"}
-    ours["wal_autocheckpoint"] = str(
-        (64 << 20) // int(PAGE_BYTES)
-    )  # a round's pages are copied once, not at each commit
+    ours["wal_autocheckpoint"] = str(WAL_BYTES // int(PAGE_BYTES))
     theirs = {key: value for key, value in sql_mixin.SQLITE_PRAGMAS if key != "page_size"}
     sql_mixin.SQLITE_PRAGMAS = (("page_size", PAGE_BYTES), *{**theirs, **ours}.items())  # the size of pages comes first
     manager = config_loader.get_federation_manager()
