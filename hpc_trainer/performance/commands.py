@@ -36,6 +36,16 @@ def add_commands(subparsers: Subparsers) -> None:
     scaling.add_argument("--out", type=Path, required=True, metavar="DIR", help="report.html, pictures, JSON, traces")
     data_option(scaling)
 
+    estimate = command(
+        subparsers, "estimate", run_estimate, help="memory, operations and messages of a run, unallocated"
+    )
+    estimate.add_argument("--app", required=True, metavar="APP")
+    estimate.add_argument("--world", type=int, default=1, metavar="N", help="processes (default: 1)")
+    estimate.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
+    estimate.add_argument(
+        "--probe", type=Path, metavar="FILE", help="of a node of the cluster: the least time of a step"
+    )
+
 
 def run_probe(args: argparse.Namespace) -> int:
     from hpc_trainer.performance import probe
@@ -81,6 +91,44 @@ def run_scaling(args: argparse.Namespace) -> int:
     scaling_report.write(document, args.out)
     emit(args, document, lambda: scaling_report.show(document, args.out))
     return ExitCode.DONE
+
+
+def run_estimate(args: argparse.Namespace) -> int:
+    from fl_core.learning.application import application
+    from hpc_trainer.performance.estimate import estimate
+
+    document = estimate(
+        application(args.app),
+        args.preset,
+        args.overrides,
+        world=args.world,
+        parallel=args.parallel,
+        probe=read_probe(args.probe) if args.probe else None,
+    )
+    emit(args, document, lambda: print_estimate(document))
+    return ExitCode.DONE
+
+
+def print_estimate(document: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    batch = document["batch"]
+    table = Table(
+        title=f"{document['application']}: {document['parameters']:,} parameters, {document['world']} processes ({document['parallel']}), "
+        f"batch {batch['global']}, {batch['process']} each"
+    )
+    table.add_column("each process", overflow="fold")
+    table.add_column("", justify="right")
+    for name, value in document["memory_bytes"].items():
+        table.add_row(f"memory, {name}", f"{value / 1e6:,.1f} MB")
+    for name, value in document["flops"].items():
+        table.add_row(f"operations, {name}", f"{value / 1e9:,.2f} GFLOP")
+    table.add_row("sent in a step", f"{document['message_bytes'] / 1e6:,.1f} MB")
+    seconds = document.get("step_seconds_at_least")
+    if seconds is not None:
+        table.add_row("a step takes at least", f"{1e3 * seconds:,.1f} ms")
+    Console().print(table)
 
 
 def print_probe(document: dict[str, Any]) -> None:
