@@ -3,7 +3,8 @@
     python -m benchmarks.estimate [--quick]
 
 Each case trains three steps of one application's model in its own process, which notes its resident memory before the
-model is made and the highest it has after (VmHWM).
+model is made and the highest it has after (VmHWM). It imports what training does and nothing of the estimate's own tools:
+those would make libraries resident beforehand.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ import torch
 
 from fl_core.learning.application import application
 from fl_core.optimizers import build_optimizer
-from hpc_trainer.performance.estimate import _targets, estimate
-from hpc_trainer.performance.worker import ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,9 @@ CASES = (
 
 def measured(case: Case) -> float:
     """Bytes, from a process of its own."""
+    from hpc_trainer.performance.estimate import _targets
+    from hpc_trainer.performance.worker import ENVIRONMENT
+
     like = _targets(application(case.application), "default", case.overrides)
     shape = json.dumps([list(like.shape[1:]), str(like.dtype).removeprefix("torch.")])
     command = [sys.executable, "-m", "benchmarks.estimate", "--child", case.application, shape, *case.overrides]
@@ -83,6 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.child:
         child(args.child[0], args.child[1], args.child[2:])
         return 0
+    from hpc_trainer.performance.estimate import estimate
+
     for case in CASES[: 1 if args.quick else None]:
         predicted = estimate(application(case.application), "default", case.overrides, world=1, parallel="ddp")
         total, real = predicted["memory_bytes"]["total"], measured(case)
