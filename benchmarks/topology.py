@@ -38,6 +38,10 @@ from hpc_trainer.processes import join
 from hpc_trainer.trainer import Trainer, TrainingData
 
 OUT = Path("runs/benchmarks/topology")
+NAMES = (
+    *("compliance_error", "compliance_error_median", "solid_error", "solid_error_median"),
+    *("failed", "volume_error", "binarity", "floating"),
+)
 LEARNING_RATES = {"adamw": 0.003, "lamb": 0.01, "soap": 0.003, "kfac": 0.01}
 SETS = {  # name: (side, first company, companies, problems of each, seed)
     "train16": (16, 0, 16, 16, 0),
@@ -124,7 +128,9 @@ def read(folder: Path, side: int) -> Examples:
 
 def judged(density: np.ndarray[Any, Any], examples: Examples) -> dict[str, float]:
     config = configured(int(density.shape[1]), f"data.judged={len(examples)}")
-    return metrics.metrics(config, {"density": density}, examples)
+    found = metrics.metrics(config, {"density": density}, examples)
+    solid = [metrics.solid_compliance_error(d.astype(np.float64), examples, i) for i, d in enumerate(density)]
+    return found | {"solid_error": float(np.mean(solid)), "solid_error_median": float(np.median(solid))}
 
 
 def kept(path: Path, make: Any) -> Any:
@@ -198,17 +204,16 @@ def train(config: Any, found: dict[str, Examples], side: int, start: Path | None
 
 
 def print_table(cells: list[dict[str, Any]], floors: dict[int, dict[str, float]]) -> None:
-    names = ("compliance_error", "compliance_error_median", "failed", "volume_error", "binarity", "floating")
-    print(f"{'grid':5} {'network':8} {'optimiser':9} {'steps':>6} {'s':>6}  " + "  ".join(names))
+    print(f"{'grid':5} {'network':8} {'optimiser':9} {'steps':>6} {'s':>6}  " + "  ".join(NAMES))
     for cell in sorted(cells, key=lambda c: c["side"]):
         row = f"{cell['side']:<5} {cell['architecture']:8} {cell['optimizer']:9}"
         if "error" in cell:
             print(f"{row} {cell['error']}")
             continue
-        values = "  ".join(f"{cell['metrics'][n]:{len(n)}.4f}" for n in names)
+        values = "  ".join(f"{cell['metrics'][n]:{len(n)}.4f}" for n in NAMES)
         print(f"{row} {cell['steps']:6} {cell['seconds']:6.0f}  {values}")
     for side, found in floors.items():
-        values = "  ".join(f"{found[n]:{len(n)}.4f}" for n in names)
+        values = "  ".join(f"{found[n]:{len(n)}.4f}" for n in NAMES)
         print(f"{side:<5} {'nearest known design':33}  {values}")
 
 
@@ -328,7 +333,6 @@ def report(
     from applications.topology_optimisation import pictures
 
     page = Page("Topology optimisation", "Networks against SIMP on problems that training never saw")
-    names = ("compliance_error", "compliance_error_median", "failed", "volume_error", "binarity", "floating")
     rows = [
         [
             f"{c['side']}^3",
@@ -336,13 +340,13 @@ def report(
             c["optimizer"],
             c["steps"],
             c["seconds"],
-            *(c["metrics"][n] for n in names),
+            *(c["metrics"][n] for n in NAMES),
         ]
         for c in cells
         if "metrics" in c
     ]
-    rows += [[f"{s}^3", "nearest known design", "", None, None, *(f[n] for n in names)] for s, f in floors.items()]
-    page.section("Table").table(["grid", "network", "optimiser", "steps", "seconds", *names], rows)
+    rows += [[f"{s}^3", "nearest known design", "", None, None, *(f[n] for n in NAMES)] for s, f in floors.items()]
+    page.section("Table").table(["grid", "network", "optimiser", "steps", "seconds", *NAMES], rows)
     if speeds:
         page.section("Speed, processor seconds a problem").table(list(speeds), [list(speeds.values())])
     for side in plan.sides:

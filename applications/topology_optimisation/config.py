@@ -23,6 +23,12 @@ class ModelConfig:
     depth: int = number(2, low=1, high=6, help="unet: halvings below the grid half as fine; fourier: blocks")
     modes: int = number(4, low=1, high=64, help="fourier: modes kept on each axis")
     norm: str = choice("group", *NORMS)
+    sharpness: float = number(
+        2.5,
+        low=0.1,
+        high=100.0,
+        help="factor on the logits outside training: a design is to be solid or void, not likely",
+    )
     compliance_weight: float = number(
         0.0, low=0.0, high=10.0, help="of log compliance by its adjoint in the loss, beside the supervised densities"
     )

@@ -124,6 +124,7 @@ class Designer(nn.Module):
         self.up = nn.ConvTranspose3d(inner, m.width, 2, stride=2)
         self.leave = Convolution(m.width + NODE_CHANNELS, m.width, m.norm)
         self.head = nn.Conv3d(m.width, 1, 1)
+        self.sharpness = m.sharpness
 
     def forward(self, force: Tensor, fixed: Tensor, volume_fraction: Tensor, response: Tensor | None = None) -> Tensor:
         nodes = node_fields(force, fixed, volume_fraction)
@@ -135,7 +136,8 @@ class Designer(nn.Module):
             x = x + self.enter_response(response)
         x = self.up(self.body(torch.relu(x)))
         x = torch.relu(self.leave(torch.cat([x, nodes], dim=1)))
-        return fill(self.head(x).squeeze(1), volume_fraction)
+        logits = self.head(x).squeeze(1)
+        return fill(logits if self.training else self.sharpness * logits, volume_fraction)
 
 
 class UNet(nn.Module):

@@ -299,6 +299,24 @@ def test_the_surface_of_a_ball_is_that_of_a_ball() -> None:
     assert pictures.structures({"ball": np.ones((4, 4, 4)), "nothing": np.zeros((4, 4, 4))}, "t").startswith(b"\x89PNG")
 
 
+def test_solid_designs_are_compared_without_grey(designs: data.Designs) -> None:
+    examples = designs.examples(CONFIG)
+    truth = pipeline.target_density(examples.targets)[0].astype(np.float64)
+    assert metrics.solid(truth, 0.25).sum() == 128
+    sharper = floor.filled(np.clip(truth, 0.2, 0.8) ** 3, float(examples.inputs["volume_fraction"][0]))
+    assert metrics.solid_compliance_error(sharper, examples, 0) == pytest.approx(0, abs=1e-6), "the same order of cells"
+
+
+def test_designs_are_sharper_outside_training(designs: data.Designs) -> None:
+    config = APPLICATION.configure([*SMALL, "model.sharpness=4.0"])
+    examples = designs.examples(config)
+    found = [
+        pipeline.binarity(predict(APPLICATION.build_model(c), APPLICATION, c, examples)["density"]).mean()
+        for c in (APPLICATION.configure([*SMALL, "model.sharpness=1.0"]), config)
+    ]
+    assert found[1] > found[0]
+
+
 def test_floating_counts_pieces_without_support() -> None:
     fixed = np.zeros((3, 7, 7, 7), bool)
     fixed[:, 0] = True
