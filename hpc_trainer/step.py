@@ -88,6 +88,7 @@ class Step:
         self.config, self.placement, self.recipe = config, placement, recipe
         self.loss_function = application.loss_function()
         self.phase = phase
+        self.own = torch.zeros(())  # this process's part of the last batch's numerator
         self.ghosts = [m for m in placement.model.modules() if isinstance(m, GhostBatchNorm)]
         for ghost in self.ghosts:
             ghost.deferred = True
@@ -100,6 +101,7 @@ class Step:
             with self.placement.accumulating(last=number == len(batches) - 1), micro_batch(facts(batch)):
                 numerator, denominator = self.loss(self.placement.module, batch)
                 sums[:2] += torch.stack([numerator.detach(), denominator.detach()])
+                self.own = sums[0].clone()
                 if len(batches) == 1:  # divided before the backward pass: one pass over the gradients less
                     self._total(sums)
                     numerator = numerator / sums[1].to(numerator.dtype)

@@ -178,9 +178,7 @@ class Trainer:
         sums = self.one_step(batches, self.stop_asked()).cpu()
         self.losses.append(float(sums[0] / sums[1]))
         if not math.isfinite(self.losses[-1]):
-            raise IntegrityError(
-                f"the loss is not finite in epoch {epoch}", remedy="lower optimizer.lr or set optimizer.clip_norm"
-            )
+            raise self._not_finite(epoch, step, index)
         if self.on_gradients:
             self.on_gradients(step, self)
         with self.phase(phases.OPTIMIZER):
@@ -188,6 +186,17 @@ class Trainer:
                 self.placement.clip(self.config.optimizer.clip_norm)
             self.optimizer.step()
         return sums
+
+    def _not_finite(self, epoch: int, step: int, index: Index) -> IntegrityError:
+        """Names the processes whose share of the loss is not finite, and its examples; collective."""
+        finite = math.isfinite(float(self.one_step.own))
+        mine = [] if finite else [str(name) for name in self.data.train.columns["example_id"][index]]
+        parts = self.processes.gather(mine)
+        named = [f"rank {rank}: {_some(ids)}" for rank, ids in enumerate(parts) if ids]
+        return IntegrityError(
+            f"the loss is not finite in epoch {epoch}, step {step + 1}; {'; '.join(named) or 'no single share'}",
+            remedy="look at these examples, lower optimizer.lr or set optimizer.clip_norm",
+        )
 
     def evaluate(self, examples: Examples) -> dict[str, float]:
         return self.evaluation(examples, self.dtype)
@@ -210,6 +219,10 @@ class Trainer:
         optimizer_state.load(self.optimizer, found.state, self.placement.part)
         self.average.load(found.state)
         return found.progress
+
+
+def _some(ids: list[str], shown: int = 20) -> str:
+    return ", ".join(ids[:shown]) + (f" and {len(ids) - shown} more" if len(ids) > shown else "")
 
 
 def read_training_history(folder: Path) -> list[dict[str, Any]]:

@@ -212,7 +212,7 @@ def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path) -> 
 
 
 def test_a_diverging_loss_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
-    with pytest.raises(IntegrityError, match=r"not finite in epoch 1\n.*clip_norm"):
+    with pytest.raises(IntegrityError, match=r"not finite in epoch 1, step \d+; rank 0: client-\S+\n.*clip_norm"):
         trainer(tmp_path, "optimizer.lr=1000", "pretrain.batch_size=1").run()
     assert not list(tmp_path.glob("epoch-*"))
 
