@@ -44,6 +44,7 @@ class LocalRound:
                 parameters=tuple(parameters),
                 reference=self.reference,
                 extra=without_counted(request.extra),
+                personal=self._personal,
                 state={k.removeprefix(OWN): v for k, v in kept.items() if k.startswith(OWN)},
             )
         )

@@ -217,13 +217,15 @@ class LocalStart:
     """One client before its local update. parameters: names of the trainable ones, in the order of the model's.
 
     reference: the model it starts from. extra: the server's ``outgoing``. state: what ``finish`` returned for the update
-    that the server counted last; {} where there is none.
+    that the server counted last; {} where there is none. personal: arrays that stay on the client, of which the server
+    knows nothing.
     """
 
     parameters: tuple[str, ...]
     reference: Arrays
     extra: Arrays = field(default_factory=dict)
     state: Arrays = field(default_factory=dict)
+    personal: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,15 +55,19 @@ class ControlledRound(ClientUpdate):
     """One client in one round; its state: c_i by parameter, and the number of examples that it was sent with."""
 
     def __init__(self, start: LocalStart) -> None:
-        self._start, self._names = start, stepped_names(start.reference)
+        self._start, self._names = start, [n for n in stepped_names(start.reference) if n not in start.personal]
         wanted = {VARIATE + name: start.reference[name] for name in self._names}
         check_like(start.extra, wanted, origin="the server's control variate")
         self._own: Table = {k: start.state.get(k, np.zeros_like(v)) for k, v in wanted.items()}
         check_like(self._own, wanted, origin="this client's control variate")
 
     def terms(self) -> GradientTerms:
-        keys = [VARIATE + name for name in self._start.parameters]
-        return GradientTerms(correction=tuple(np.subtract(self._start.extra[k], self._own[k]) for k in keys))
+        own, sent, reference = self._own, self._start.extra, self._start.reference
+        correction = tuple(
+            np.subtract(sent[VARIATE + n], own[VARIATE + n]) if VARIATE + n in own else np.zeros_like(reference[n])
+            for n in self._start.parameters
+        )
+        return GradientTerms(correction=correction)
 
     def finish(self, work: LocalWork) -> LocalEnd:
         distance = work.lr * effective_steps(work.steps, lr=work.lr, momentum=work.momentum)

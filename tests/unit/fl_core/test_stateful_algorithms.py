@@ -248,6 +248,7 @@ def test_an_interrupted_simulation_with_client_states_ends_in_the_same_bits(tmp_
                 raise InterruptedError
 
         result = simulate(app, config, raw, start=None, num_rounds=5, seed=0, out=out, on_round=on_round)
+        assert all(record.applied and not record.refused for record in result.history)
         return checkpoints.load(result.final).manifest.model_sha256
 
     calm = run(tmp_path / "calm")
