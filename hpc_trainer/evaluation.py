@@ -34,7 +34,7 @@ class Evaluation:
             size = self.config.pretrain.batch_size  # what fits in training fits here
             for start in range(0, len(examples), size):
                 chunk = np.arange(start, min(start + size, len(examples)))
-                mine = np.array_split(chunk, self.layout.sample_world)[self.layout.sample_rank]
+                mine = np.array_split(chunk, self.layout.world)[self.layout.rank]
                 batch = self._batch(examples, mine, dtype)
                 found = forward(self.step.placement.module, batch.inputs, self.config)
                 found = found if isinstance(found, tuple) else (found,)

@@ -14,17 +14,11 @@ from hpc_trainer.batch_norm import normalises_by_batch
 from hpc_trainer.layout import Layout
 
 ELEMENTWISE = ("sgd", "adamw")  # optimisers that treat each element alone, and so may hold any part of a parameter
-NOT_YET = ("tensor", "spatial", "pipeline")
 OTHER_NORM = "set model.norm=ghost or model.norm=group"
 
 
 def refuse_arrangement(config: Any, sizes: Mapping[str, int]) -> None:
     """What the launching process can refuse already."""
-    for dimension in NOT_YET:
-        if sizes[dimension] > 1:
-            raise ConfigError(
-                f"{dimension} parallelism is not part of this release", remedy="set pretrain.parallel=ddp, fsdp or hsdp"
-            )
     name = config.optimizer.name
     if sizes["shard"] > 1 and name not in ELEMENTWISE:
         raise ConfigError(

@@ -48,7 +48,7 @@ class Batches:
         self.application, self.config, self.data, self.seed = application, config, data, seed
         self.augment = application.augment_function()
         self.unit = GHOST_BATCH if config.model.norm == "ghost" else 1
-        largest = largest_share(config.pretrain.batch_size, layout.sample_world, self.unit)
+        largest = largest_share(config.pretrain.batch_size, layout.world, self.unit)
         self.size = config.pretrain.micro_batch or largest
         self.count = -(-largest // self.size)
 
@@ -106,7 +106,7 @@ class Step:
                     self._total(sums)
                     numerator = numerator / sums[1].to(numerator.dtype)
                 with self.phase(phases.BACKWARD):
-                    self._counted(numerator).backward()
+                    numerator.backward()
         if len(batches) > 1:
             self._total(sums)
             self.placement.scale_gradients(1 / sums[1])
@@ -116,9 +116,6 @@ class Step:
     def _total(self, sums: Tensor) -> None:
         with self.phase(phases.COMMUNICATION):
             self.recipe.total(sums, self.placement.layout.samples)
-
-    def _counted(self, loss: Tensor) -> Tensor:
-        return loss if self.placement.partial else loss * 0.0
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(numerator, denominator) of one micro-batch; zeros for one without samples."""

@@ -90,9 +90,9 @@ class Trainer:
         self.batches = Batches(application, config, data.train, self.layout, seed)
         self.model: nn.Module = application.build_model(config).to(device=processes.device, dtype=dtype)
         refuse_what_breaks_integrity(self.model, config, self.layout, self.batches.count, dtype)
-        recipe.synchronise(key_dropout(self.model), self.layout.summed)
+        recipe.synchronise(key_dropout(self.model), self.layout.samples)
         self.placement = place(self.model, config, self.layout)
-        self.optimizer = build_optimizer(self.model, config.optimizer, self.layout.summed)
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.layout.samples)
         self.base_lr = config.pretrain.lr or config.optimizer.lr
         self.average = ModelAverage(config.pretrain.average_last, config.pretrain.epochs)
         self.one_step = Step(application, config, self.placement, recipe, phase)
@@ -139,8 +139,8 @@ class Trainer:
             self.config.pretrain.batch_size,
             seed=self.seed,
             epoch=epoch,
-            rank=self.layout.sample_rank,
-            world=self.layout.sample_world,
+            rank=self.layout.rank,
+            world=self.layout.world,
             unit=self.batches.unit,
             start=self.progress.step,
         )

@@ -8,7 +8,7 @@ from fl_core.contracts.config import choice, flag, number, sequence, text
 from fl_core.contracts.device_state import NETWORKS
 
 NORMS = ("batch", "group", "ghost", "none")  # of ``model.norm`` in every application
-PARALLEL = ("ddp", "fsdp", "hsdp", "tensor", "spatial", "pipeline")
+PARALLEL = ("ddp", "fsdp", "hsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +121,7 @@ class PretrainConfig:
         0, low=0, help="samples of a process's share computed at once, gradients add up; 0 = the whole share"
     )
     parallel: str = choice("ddp", *PARALLEL, help="what all processes do where mesh is empty")
-    mesh: str = text("", help="processes in each dimension, such as data=2,tensor=2; empty = all of parallel's")
-    pipeline_schedule: str = choice("1f1b", "gpipe", "1f1b", "interleaved", "zero_bubble")
+    mesh: str = text("", help="processes in each dimension, such as replicate=2,shard=2; empty = all of parallel's")
     precision: str = choice("full", "full", "bf16", help="bf16: automatic mixed precision, parameters stay float32")
     activation_checkpointing: bool = flag(False, help="recompute activations in the backward pass: memory for time")
     compile: bool = flag(False, help="torch.compile")

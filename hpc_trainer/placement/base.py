@@ -41,16 +41,11 @@ class Placement:
 
     def _wrapped(self) -> nn.Module:
         """DDP over all processes whose gradients add up; the model itself in a group of one."""
-        if self.layout.summed is None:
+        if self.layout.samples is None:
             return self.model
-        wrapped = DistributedDataParallel(self.model, process_group=self.layout.summed, broadcast_buffers=False)
-        wrapped.register_comm_hook(self.layout.summed, sum_gradients)
+        wrapped = DistributedDataParallel(self.model, process_group=self.layout.samples, broadcast_buffers=False)
+        wrapped.register_comm_hook(self.layout.samples, sum_gradients)
         return wrapped
-
-    @property
-    def partial(self) -> bool:
-        """Whether this process's loss counts; of several copies of one loss, only one does."""
-        return True
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """Around the passes of one micro-batch; gradients are summed over processes with the last one."""
