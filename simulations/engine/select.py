@@ -38,7 +38,7 @@ from simulations.engine.processes import usable_cores
 from simulations.engine.program.compiler import UnsupportedModel
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of the paths: measurements of other ones are not taken over
+VERSION = 2  # of the paths: measurements of other ones are not taken over
 STACKS = (8, 32, 128)
 LITTLE = 20_000  # examples: below that the sequential way is done before the others are measured
 BUDGET_SECONDS = (
@@ -139,8 +139,9 @@ def usual_size(population: Population) -> int:
 
 
 def stacks(most: int) -> list[int]:
+    """The stacks to measure; the largest possible one too where it is well above the last: small models gain up to there."""
     found = [k for k in STACKS if k <= most]
-    return found if found or most < 2 else [most]
+    return [*found, most] if most >= 2 and most < STACKS[-1] and most >= 1.5 * (found[-1] if found else 0) else found
 
 
 def largest_stack(learner: Learner, population: Population) -> int:

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from simulations.engine.paths.closed_form import cross_entropy, plain_cross_entropy
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -25,11 +27,12 @@ class Found:
 
 class StackedLoss:
     """loss(outputs, targets, config) -> (numerator, denominator), mapped over clients; what has no batching rule is
-    called for one client after the other.
+    called for one client after the other, and what is a plain cross-entropy is computed in closed form.
     """
 
     def __init__(self, loss: Callable[..., Any], config: Any) -> None:
         self._loss, self._config, self._maps = loss, config, True
+        self._plain: dict[tuple[Any, ...], float] = {}  # shapes and types of a batch -> constant denominator, or 0
 
     def __call__(
         self, outputs: Sequence[Tensor], targets: Tensor, sizes: npt.NDArray[np.int64], *, several: bool
@@ -55,11 +58,22 @@ class StackedLoss:
     def _same(
         self, outputs: Sequence[Tensor], targets: Tensor, several: bool
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        if not several and (denominator := self._denominator(outputs[0], targets)):
+            sums, gradient = cross_entropy(outputs[0], targets, denominator)
+            return sums, torch.full_like(sums, denominator), [gradient]
         leaves = [y.detach().requires_grad_() for y in outputs]
         with torch.enable_grad():
             numerators, denominators = self._values(leaves, targets, several)
             gradients = torch.autograd.grad((numerators / denominators).sum(), leaves)
         return numerators.detach(), denominators.detach(), gradients
+
+    def _denominator(self, outputs: Tensor, targets: Tensor) -> float:
+        """Of every client, where the loss is a plain cross-entropy; 0 where it is not, or where an example is ignored."""
+        shape = (*outputs.shape[1:], outputs.dtype, *targets.shape[1:], targets.dtype)
+        if shape not in self._plain:
+            self._plain[shape] = plain_cross_entropy(self._loss, outputs[0], targets[0], self._config)
+        found = self._plain[shape]
+        return found if found and int(targets.min()) >= 0 else 0.0
 
     def _values(self, outputs: Sequence[Tensor], targets: Tensor, several: bool) -> tuple[Tensor, Tensor]:
         def one(ys: tuple[Tensor, ...], truth: Tensor) -> tuple[Tensor, Tensor]:
