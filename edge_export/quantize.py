@@ -128,7 +128,7 @@ def quantize(prepared: Path, out: Path, recipe: Recipe, target: EdgeTarget, cali
                 calibrate_method=recipe.method,
                 extra_options=dict(recipe.options),
             )
-        session = Session(out)
+        session = Session(out, target.session_options())
         session.run(calibration.take(slice(0, 2)).inputs)
         session.run(calibration.take(slice(0, 1)).inputs)
     except FieldfleetError as error:

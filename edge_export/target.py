@@ -8,6 +8,7 @@ import platform
 from dataclasses import dataclass
 
 from fl_core.contracts.errors import IntegrityError, unknown_name
+from fl_core.runtime.session import SessionOptions
 
 TYPES = ("uint8", "int8")
 PRECISIONS = ("int8", "fp32")
@@ -39,6 +40,13 @@ class EdgeTarget:
 
     def runs_here(self) -> bool:
         return platform.machine().lower() in self.machines
+
+    def session_options(self) -> SessionOptions:
+        """Another target's models are run operator by operator: int8 as float, exactly.
+
+        Fused int8 kernels may add pairs of products in 16 bits (x86 without VNNI), which 8-bit weights overflow.
+        """
+        return SessionOptions(optimize=self.runs_here())
 
 
 def known_targets() -> list[str]:

@@ -52,7 +52,7 @@ def test_its_int8_model_loads_runs_and_is_close(name: str, recipe: quantize.Reci
     assert session is not None
     report = compare(expected, session.run(drawn.check.inputs))
     assert report.relative_l2 < 0.1
-    again = Session(path).run(drawn.check.inputs)
+    again = Session(path, target.session_options()).run(drawn.check.inputs)
     for output, value in session.run(drawn.check.inputs).items():
         np.testing.assert_array_equal(again[output], value)
     weights = [
