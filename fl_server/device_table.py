@@ -73,6 +73,14 @@ class DeviceTable:
         with self._lock:
             self._db.execute("UPDATE devices SET alive = ? WHERE alive = ?", (UNKNOWN, ALIVE))
 
+    def shut_out(self, device: str) -> None:
+        """It was revoked: nothing that it signs counts any more, the will that would tell its end neither."""
+        with self._lock:
+            self._db.execute(
+                "UPDATE devices SET alive = ?, since = ? WHERE name = ? AND alive = ?",
+                (DEAD, time.time(), device, ALIVE),
+            )
+
     def next_in_place(self, device: str, message: Envelope) -> bool:
         """Whether a (signed) state comes after all that this device has said; the last one again, kept by a broker, does.
 

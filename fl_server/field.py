@@ -106,6 +106,8 @@ class FieldService:
         for name in names:
             if self.broker is not None:
                 self.broker.end_session(name)
+            if self.bridge is not None:
+                self.bridge.table.shut_out(name)
 
     def _key_of(self, device: str) -> bytes | None:
         found = self._registry.by_name(device)
