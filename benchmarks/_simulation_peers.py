@@ -6,6 +6,7 @@ after round 1. Every system trains the same clients on the same examples in the 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -13,21 +14,25 @@ import os
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 START = time.monotonic()  # of this process's own code; interpreter and torch are loaded for every system alike
 
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 import torch  # noqa: E402
+from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
 from benchmarks import _workloads as workloads  # noqa: E402
+from benchmarks._applications import CLIENTS, PlainClients, problem  # noqa: E402
 from fl_core.learning.local_update import batches  # noqa: E402
 
 PROCESSES = 2
 Arrays = dict[str, np.ndarray]  # type: ignore[type-arg]
+Train = Callable[[int, Mapping[str, torch.Tensor], int, int], int]
 
 
 def ordered_data(name: str, clients: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
@@ -47,7 +52,8 @@ def ours(name: str, clients: int, rounds: int, out: Path, engine: str = "auto") 
     from fl_server.history import RoundRecord
     from simulations.simulate import simulate
 
-    config, ends = workloads.configured(name, clients), [time.monotonic()]
+    found, ends = problem(name, clients), Ends()
+    ends.mark()
     first: list[Arrays] = []
     usual = Checkpoint.save
 
@@ -61,10 +67,10 @@ def ours(name: str, clients: int, rounds: int, out: Path, engine: str = "auto") 
     def on_round(record: RoundRecord) -> None:
         if len(record.clients) != clients:
             raise RuntimeError(f"{len(record.clients)} of {clients} clients: {record.refused or record.failed}")
-        ends.append(time.monotonic())
+        ends.mark()
 
     result = simulate(
-        workloads.APPLICATION, config, workloads.generate(config, 0), start=None, num_rounds=rounds, seed=0,
+        found.application, found.config, found.raw, start=None, num_rounds=rounds, seed=0,
         out=out / "run", on_round=on_round, workers=PROCESSES, engine=engine,
     )  # fmt: skip
     assert checkpoints.load(result.final).manifest.step == rounds
@@ -73,47 +79,67 @@ def ours(name: str, clients: int, rounds: int, out: Path, engine: str = "auto") 
 
 def loop(name: str, clients: int, rounds: int, out: Path) -> dict[str, Any]:
     """What one writes without a framework: two forked processes, each with a model, an optimiser and its share."""
+    if name in CLIENTS:
+        apart = PlainClients(problem(name, clients))
+        return shared_out(lambda: (apart.model, apart.train), clients, rounds)
     x, y = (torch.from_numpy(a) for a in ordered_data(name, clients))
+
+    def begin() -> tuple[nn.Module, Train]:
+        model = workloads.make_model(name)
+
+        def train(i: int, start: Mapping[str, torch.Tensor], round: int, num_rounds: int) -> int:
+            model.load_state_dict(start)
+            optimizer = torch.optim.SGD(model.parameters(), lr=workloads.RATE)
+            for a in range(0, y.shape[1], workloads.BATCH):
+                optimizer.zero_grad()
+                found = model(x[i, a : a + workloads.BATCH])
+                functional.cross_entropy(found, y[i, a : a + workloads.BATCH]).backward()
+                optimizer.step()
+            return y.shape[1]
+
+        return model, train
+
+    return shared_out(begin, clients, rounds)
+
+
+def shared_out(begin: Callable[[], tuple[nn.Module, Train]], clients: int, rounds: int) -> dict[str, Any]:
+    """The clients' weighted sums, by two forked processes; every round starts from the same weights."""
     context = multiprocessing.get_context("fork")
     barrier, queue = context.Barrier(PROCESSES + 1), context.Queue()
 
     def work(rank: int) -> None:
         torch.set_num_threads(1)
-        model = workloads.make_model(name)
+        model, train = begin()
         start = {k: v.clone() for k, v in model.state_dict().items()}
-        for _ in range(rounds):
+        for number in range(1, rounds + 1):
             barrier.wait()
-            total = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in start.items()}
+            total, weight = {k: torch.zeros_like(v, dtype=torch.float64) for k, v in start.items()}, 0
             for i in range(rank * clients // PROCESSES, (rank + 1) * clients // PROCESSES):
-                model.load_state_dict(start)
-                optimizer = torch.optim.SGD(model.parameters(), lr=workloads.RATE)
-                for a in range(0, y.shape[1], workloads.BATCH):
-                    optimizer.zero_grad()
-                    functional.cross_entropy(
-                        model(x[i, a : a + workloads.BATCH]), y[i, a : a + workloads.BATCH]
-                    ).backward()
-                    optimizer.step()
+                count = train(i, start, number, rounds)
+                weight += count
                 for key, value in model.state_dict().items():
-                    total[key] += value
+                    total[key].add_(value, alpha=count)
             barrier.wait()
-            if _ == 0:
-                queue.put({k: v.numpy() for k, v in total.items()})
+            if number == 1:
+                queue.put(({k: v.numpy() for k, v in total.items()}, weight))
 
     processes = [context.Process(target=work, args=(rank,), daemon=True) for rank in range(PROCESSES)]
     for process in processes:
         process.start()
-    ends: list[float] = []
-    first: list[Arrays] = []
+    ends = Ends()
+    first: list[tuple[Arrays, int]] = []
     for number in range(rounds):
         barrier.wait()
-        ends += [time.monotonic()] if not ends else []
+        if not ends:
+            ends.mark()
         barrier.wait()
-        ends.append(time.monotonic())
+        ends.mark()
         if number == 0:
             first = [queue.get() for _ in processes]
     for process in processes:
         process.join()
-    return {**timed(ends), "first": {k: sum(part[k] for part in first) / clients for k in first[0]}}
+    weight = sum(count for _, count in first)
+    return {**timed(ends), "first": {k: sum(part[k] for part, _ in first) / weight for k in first[0][0]}}
 
 
 def pfl_research(name: str, clients: int, rounds: int, out: Path) -> dict[str, Any]:
@@ -149,12 +175,13 @@ def pfl_research(name: str, clients: int, rounds: int, out: Path) -> dict[str, A
     sampler = get_user_sampler("minimize_reuse", list(range(clients)))
     federated = FederatedDataset(make_dataset_fn=lambda i: data[i], user_sampler=sampler)
     backend = SimulatedBackend(training_data=federated, val_data=federated, postprocessors=[WeightByUser()])
-    ends: list[float] = [time.monotonic()]
+    ends = Ends()
+    ends.mark()
     first: dict[str, Arrays] = {}
 
     class Clock(TrainingProcessCallback):
         def after_central_iteration(self, aggregate: Any, model: Any, *, central_iteration: int) -> Any:
-            ends.append(time.monotonic())
+            ends.mark()
             if central_iteration == 0:
                 first["arrays"] = {k: v.detach().numpy().copy() for k, v in net.state_dict().items()}
             return False, Metrics()
@@ -172,7 +199,16 @@ def pfl_research(name: str, clients: int, rounds: int, out: Path) -> dict[str, A
         callbacks=[Clock()],
         send_metrics_to_platform=False,
     )
-    return {**timed(ends), "first": first["arrays"]}
+    found = timed(ends)
+    return {**found, "cpu_s": [PROCESSES * t for t in found["cpu_s"]], "first": first["arrays"]}  # the others' alike
+
+
+def initial_model(name: str, clients: int) -> nn.Module:
+    if name not in CLIENTS:
+        return workloads.make_model(name)
+    found = problem(name, clients)
+    model: nn.Module = found.application.build_model(found.config)
+    return model
 
 
 CACHE: dict[str, Any] = {}  # of a Ray actor: data and model stay from client to client
@@ -187,7 +223,7 @@ def flower(name: str, clients: int, rounds: int, out: Path) -> dict[str, Any]:
     from flwr.simulation import run_simulation
 
     app, server = ClientApp(), ServerApp()
-    ends: list[float] = []
+    ends = Ends()
     first: dict[str, Arrays] = {}
 
     @app.train()
@@ -195,6 +231,8 @@ def flower(name: str, clients: int, rounds: int, out: Path) -> dict[str, Any]:
         from benchmarks import _simulation_peers as peers
 
         torch.set_num_threads(1)
+        if name in CLIENTS:
+            return peers.flower_application(name, clients, rounds, message, context)
         if not peers.CACHE:
             peers.CACHE["data"] = [torch.from_numpy(a) for a in peers.ordered_data(name, clients)]
             peers.CACHE["model"] = workloads.make_model(name)
@@ -211,12 +249,13 @@ def flower(name: str, clients: int, rounds: int, out: Path) -> dict[str, Any]:
 
     class Timed(FedAvg):
         def configure_train(self, *args: Any, **kwargs: Any) -> Any:
-            ends.extend([] if ends else [time.monotonic()])
+            if not ends:
+                ends.mark()
             return super().configure_train(*args, **kwargs)
 
         def aggregate_train(self, server_round: int, replies: Any) -> Any:
             found = super().aggregate_train(server_round, replies)
-            ends.append(time.monotonic())
+            ends.mark()
             if server_round == 1:
                 first["arrays"] = {k: v.numpy() for k, v in found[0].to_torch_state_dict().items()}
             return found
@@ -227,7 +266,7 @@ def flower(name: str, clients: int, rounds: int, out: Path) -> dict[str, Any]:
             fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients
         )
         strategy.start(
-            grid=grid, initial_arrays=ArrayRecord(workloads.make_model(name).state_dict()), num_rounds=rounds
+            grid=grid, initial_arrays=ArrayRecord(initial_model(name, clients).state_dict()), num_rounds=rounds
         )
 
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"num_cpus": PROCESSES}}
@@ -235,10 +274,39 @@ def flower(name: str, clients: int, rounds: int, out: Path) -> dict[str, Any]:
     return {**timed(ends), "first": first["arrays"]}
 
 
-def timed(ends: list[float]) -> dict[str, Any]:
-    """ends[0]: when the work began; then the end of each round."""
-    seconds = [b - a for a, b in itertools.pairwise(ends)]
-    return {"seconds": seconds, "first_round_s": ends[1] - ends[0], "start_up_s": ends[1] - START}
+def flower_application(name: str, clients: int, rounds: int, message: Any, context: Any) -> Any:
+    """An application's client in a Ray actor."""
+    from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+
+    if not CACHE:
+        CACHE["clients"] = PlainClients(problem(name, clients))
+    plain: PlainClients = CACHE["clients"]
+    number = int(message.content["config"]["server-round"])
+    start = message.content["arrays"].to_torch_state_dict()
+    count = plain.train(int(context.node_config["partition-id"]), start, number, rounds)
+    reply = {"arrays": ArrayRecord(plain.model.state_dict()), "metrics": MetricRecord({"num-examples": count})}
+    return Message(content=RecordDict(reply), reply_to=message)
+
+
+class Ends(list[float]):
+    """When the work began, then the end of each round; and the processor time spent by then, children included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cpu: list[float] = []
+
+    def mark(self) -> None:
+        self.append(time.monotonic())
+        total, me = 0.0, psutil.Process()
+        for process in (me, *me.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += sum(process.cpu_times()[:2])
+        self.cpu.append(total)
+
+
+def timed(ends: Ends) -> dict[str, Any]:
+    seconds, cpu = ([b - a for a, b in itertools.pairwise(found)] for found in (ends, ends.cpu))
+    return {"seconds": seconds, "cpu_s": cpu, "first_round_s": ends[1] - ends[0], "start_up_s": ends[1] - START}
 
 
 SYSTEMS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -1,11 +1,13 @@
 """Speed of simulated federations beside pfl-research 0.6, Flower 1.41 on Ray and a plain loop.
 
-    python -m benchmarks simulation [--workloads W1,W2,W3,W3g,W4] [--systems ours,pfl,flower,loop] [--repeat 3] [--quick] [--json]
+    python -m benchmarks simulation [--workloads W1,W2,W3,W3g,W4,driver_conflict,plant_disease] [--clients N]
+        [--systems ours,pfl,flower,loop] [--repeat 3] [--quick] [--json]
 
 Every system trains the same clients on the same examples in the same order, with two processes of one thread; the systems
 take turns, each in fresh processes, and the averaged weights after round 1 are compared with ours in float64. Printed:
-client updates a second (median over all rounds but the first of each repetition), ratios, and the share of what two
-processes reach in pure matrix products (float32, measured in the same run). One file per cell under --out: a repeated call
+client updates a second and a second of processor time (medians over all rounds but the first of each repetition; the second
+one bears a busy machine better), ratios, and the share of what two processes reach in pure matrix products (float32, measured in
+the same run). The applications have no such share; pfl-research does not take part there. One file per cell under --out: a repeated call
 resumes. Peers: ``pip install -c constraints.txt '.[bench]'``; those that are not installed are left out, with a note.
 """
 
@@ -27,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks._applications import CLIENTS
 from benchmarks._workloads import WORKLOADS
 from fieldfleet.processes import free_ports
 from fl_core.storage import atomic
@@ -34,8 +37,9 @@ from fl_core.storage import atomic
 RESULTS = Path("runs/benchmarks/simulation")
 PACKAGES = {"pfl": "pfl", "flower": "ray"}
 TITLES = {"ours": "fieldfleet", "pfl": "pfl-research 0.6", "flower": "Flower 1.41 on Ray", "loop": "plain loop"}
-ROUNDS = {"W1": 3, "W2": 4, "W3": 3, "W3g": 2, "W4": 6}
-QUICK = {"W1": 6, "W2": 8, "W3": 40, "W3g": 20, "W4": 200}
+WITHOUT_APPLICATIONS = {"pfl"}  # what computes a loss by client, with weights, and with our augmentation
+ROUNDS = {"driver_conflict": 3, "plant_disease": 2, "W1": 3, "W2": 4, "W3": 3, "W3g": 2, "W4": 6}
+QUICK = {"driver_conflict": 8, "plant_disease": 4, "W1": 6, "W2": 8, "W3": 40, "W3g": 20, "W4": 200}
 SLOW_PEERS = {"flower": 3}  # rounds at most: what one round costs there is known after two
 DEVIATION = 2e-3  # of an averaged weight, float32 against float32: ties of ReLU and pooling fall differently
 
@@ -46,8 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workloads", default=",".join(WORKLOADS))
+    parser.add_argument("--workloads", default=",".join([*WORKLOADS, *CLIENTS]))
     parser.add_argument("--systems", default="ours,pfl,flower,loop", help="ours/NAME takes one engine: ours/fused")
+    parser.add_argument("--clients", type=int, default=0, help="a round, of every workload (0 = each workload's own)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="few clients, one repetition, W3 and W4")
     parser.add_argument("--out", type=Path, default=RESULTS, help="results of cells; remove it to measure anew")
@@ -59,13 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) if args.quick else args.out
         for name in names:
-            clients = QUICK[name] if args.quick else WORKLOADS[name].clients
-            rows.append(measure(name, clients, systems, 1 if args.quick else args.repeat, out))
+            clients = args.clients or (QUICK[name] if args.quick else usual_clients(name))
+            taken = [s for s in systems if name in WORKLOADS or s not in WITHOUT_APPLICATIONS]
+            rows.append(measure(name, clients, taken, 1 if args.quick else args.repeat, out))
             if not args.json:
                 show(rows[-1])
     if args.json:
         print(json.dumps(rows))
     return 1 if any(row["deviations"] and max(row["deviations"].values()) > DEVIATION for row in rows) else 0
+
+
+def usual_clients(name: str) -> int:
+    return CLIENTS[name] if name in CLIENTS else WORKLOADS[name].clients
 
 
 def installed(system: str) -> bool:
@@ -86,7 +96,8 @@ def measure(name: str, clients: int, systems: Sequence[str], repeat: int, out: P
             )
         bounds.append(cells[systems[0]][-1]["bound_flops"])
     rates = {s: statistics.median(clients / t for c in found for t in c["seconds"][1:]) for s, found in cells.items()}
-    bound = statistics.median(bounds) / WORKLOADS[name].flops
+    per_cpu = {s: statistics.median(clients / t for c in found for t in c["cpu_s"][1:]) for s, found in cells.items()}
+    bound = statistics.median(bounds) / WORKLOADS[name].flops if name in WORKLOADS else None
     reference = next((c[0]["weights"] for s, c in cells.items() if s.startswith("ours")), None)
     deviations = {
         s: largest_difference(found[0]["weights"], reference) for s, found in cells.items() if reference is not None
@@ -95,6 +106,7 @@ def measure(name: str, clients: int, systems: Sequence[str], repeat: int, out: P
         "workload": name,
         "clients": clients,
         "updates_per_s": rates,
+        "updates_per_cpu_s": per_cpu,
         "bound_updates_per_s": bound,
         "deviations": deviations,
         "first_round_s": {s: statistics.median(c["first_round_s"] for c in found) for s, found in cells.items()},
@@ -162,15 +174,20 @@ def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def show(row: dict[str, Any]) -> None:
-    ours = next((s for s in row["updates_per_s"] if s.startswith("ours")), "")
+    rates, per_cpu, bound = row["updates_per_s"], row["updates_per_cpu_s"], row["bound_updates_per_s"]
+    ours = next((s for s in rates if s.startswith("ours")), "")
     print(f"{row['workload']}, {row['clients']} clients a round, 2 processes: {row['engines'].get(ours, '')}")
-    for system, rate in row["updates_per_s"].items():
-        ratio = f"ours {row['updates_per_s'][ours] / rate:8.2f} x" if ours and system != ours else " " * 15
+    for system, rate in rates.items():
+        ratio = " " * 35
+        if ours and system != ours:
+            ratio = f"ours {rates[ours] / rate:6.2f} x, {per_cpu[ours] / per_cpu[system]:6.2f} x a CPU s"
+        share = f"{rate / bound:6.1%} of the bound; " if bound else ""
         print(
-            f"  {TITLES.get(system, system):20} {rate:10,.1f} updates/s  {ratio}  {rate / row['bound_updates_per_s']:6.1%} of the "
-            f"bound; first round {row['first_round_s'][system]:5.2f} s; weights differ by {row['deviations'].get(system, 0):.0e}"
+            f"  {TITLES.get(system, system):20} {rate:9,.1f} updates/s, {per_cpu[system]:9,.1f} a CPU s; {ratio}  {share}"
+            f"first round {row['first_round_s'][system]:5.2f} s, with start-up {row['process_s'][system]:5.2f} s; "
+            f"weights differ by {row['deviations'].get(system, 0):.0e}"
         )
-    print(f"  {'matrix products':20} {row['bound_updates_per_s']:10,.1f} updates/s", flush=True)
+    print(f"  {'matrix products':20} {bound:9,.1f} updates/s" if bound else "", flush=True)
 
 
 if __name__ == "__main__":
