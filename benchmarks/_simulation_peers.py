@@ -306,7 +306,8 @@ class Ends(list[float]):
 
 def timed(ends: Ends) -> dict[str, Any]:
     seconds, cpu = ([b - a for a, b in itertools.pairwise(found)] for found in (ends, ends.cpu))
-    return {"seconds": seconds, "cpu_s": cpu, "first_round_s": ends[1] - ends[0], "start_up_s": ends[1] - START}
+    first = {"first_round_s": ends[1] - ends[0], "start_up_s": ends[1] - START, "start_up_cpu_s": ends.cpu[1]}
+    return {"seconds": seconds, "cpu_s": cpu, **first}
 
 
 SYSTEMS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -111,6 +111,7 @@ def measure(name: str, clients: int, systems: Sequence[str], repeat: int, out: P
         "deviations": deviations,
         "first_round_s": {s: statistics.median(c["first_round_s"] for c in found) for s, found in cells.items()},
         "process_s": {s: statistics.median(c["start_up_s"] for c in found) for s, found in cells.items()},
+        "process_cpu_s": {s: statistics.median(c["start_up_cpu_s"] for c in found) for s, found in cells.items()},
         "engines": {s: found[0].get("engine", "") for s, found in cells.items()},
     }
 
@@ -184,7 +185,8 @@ def show(row: dict[str, Any]) -> None:
         share = f"{rate / bound:6.1%} of the bound; " if bound else ""
         print(
             f"  {TITLES.get(system, system):20} {rate:9,.1f} updates/s, {per_cpu[system]:9,.1f} a CPU s; {ratio}  {share}"
-            f"first round {row['first_round_s'][system]:5.2f} s, with start-up {row['process_s'][system]:5.2f} s; "
+            f"first round {row['first_round_s'][system]:5.2f} s, with start-up {row['process_s'][system]:5.2f} s "
+            f"({row['process_cpu_s'][system]:.1f} s of processor time); "
             f"weights differ by {row['deviations'].get(system, 0):.0e}"
         )
     print(f"  {'matrix products':20} {bound:9,.1f} updates/s" if bound else "", flush=True)
