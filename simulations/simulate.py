@@ -83,9 +83,9 @@ def simulate(
     device_states: "generated" or a trace's file, for the [selection] of the configuration; a round takes ``round_s``
     seconds of their time. workers: processes that train, one thread each (0 = one a core, 1 = this process).
     engine: how local updates are done: "auto", or one of ``engine.select``. devices: "generated", a file or a Fleet: the
-    federation runs on a virtual clock, over devices of such speeds and links ("" = all equally fast, no clock). partition: deals the examples out to other clients, as
-    ``simulations.partitioners`` say ("" = those of the data). cluster: a Ray cluster to train on, as of
-    ``simulations.cluster.ray_workers`` ("" = this machine).
+    federation runs on a virtual clock, over devices of such speeds and links ("" = all equally fast, no clock).
+    partition: deals the examples out to other clients, as ``simulations.partitioners`` say ("" = those of the data).
+    cluster: a Ray cluster to train on, as of ``simulations.cluster.ray_workers`` ("" = this machine).
 
     Raises DataError when no client is left to train.
     """

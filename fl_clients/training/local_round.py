@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from fl_core.algorithms.base import Algorithm, LocalEnd, LocalStart, LocalWork
+from torch import Tensor
+
+from fl_core.algorithms.base import Algorithm, ClientUpdate, GradientTerms, LocalEnd, LocalStart, LocalWork
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.counted import counted_round, without_counted
 from fl_core.contracts.errors import RefusedError
@@ -39,7 +42,7 @@ class LocalRound:
         self._stateful = algorithm.client_update.stateful or bool(self._personal)
         self._counted, kept = self._kept()
         self.reference: Arrays = with_personal(request.arrays, kept)
-        self.update = algorithm.client_update.begin(
+        update = algorithm.client_update.begin(
             LocalStart(
                 parameters=tuple(parameters),
                 reference=self.reference,
@@ -48,6 +51,9 @@ class LocalRound:
                 state={k.removeprefix(OWN): v for k, v in kept.items() if k.startswith(OWN)},
             )
         )
+
+        shared = [name not in self._personal for name in parameters]
+        self.update = update if all(shared) else SharedOnly(update, shared)
 
     def _kept(self) -> tuple[int, Arrays]:
         if not self._stateful:
@@ -77,6 +83,29 @@ class LocalRound:
             arrays={name: array for name, array in result.arrays.items() if name not in self._personal},
             extra=end.extra,
         )
+
+
+class SharedOnly(ClientUpdate):
+    """An algorithm's part in one client's round, without its terms on personal layers: these follow the client's own loss.
+
+    shared: one for each parameter, in their order. An algorithm that changes gradients in its own way is asked as it is.
+    """
+
+    def __init__(self, update: ClientUpdate, shared: Sequence[bool]) -> None:
+        self._update, self._shared = update, tuple(shared)
+
+    def terms(self) -> GradientTerms | None:
+        terms = self._update.terms()
+        return terms if terms is None else replace(terms, shared=self._shared)
+
+    def adjust_gradients(self, parameters: Sequence[Tensor], reference: Sequence[Tensor]) -> None:
+        if self._update.terms() is None:
+            self._update.adjust_gradients(parameters, reference)
+        else:
+            super().adjust_gradients(parameters, reference)
+
+    def finish(self, work: LocalWork) -> LocalEnd:
+        return self._update.finish(work)
 
 
 def stored_state(client: str, request: Request, states: ClientStates | None, algorithm: str) -> tuple[int, Arrays]:

@@ -206,10 +206,12 @@ class GradientTerms:
 
     correction: one array for each trainable parameter, of its shape, in the order of the parameters; constant over
     the whole local update; () = none. Fused and stacked local updates read this instead of calling into the algorithm.
+    shared: which parameters the terms apply to, in the same order; () = all. Personal layers have no part in them.
     """
 
     proximal: float = 0.0
     correction: tuple[npt.NDArray[Any], ...] = ()
+    shared: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +279,7 @@ class ClientUpdate:
         if terms is None or (not terms.proximal and not terms.correction):
             return
         for i, (parameter, origin) in enumerate(zip(parameters, reference, strict=True)):
-            if parameter.grad is None:
+            if parameter.grad is None or (terms.shared and not terms.shared[i]):
                 continue
             if terms.proximal:
                 parameter.grad.add_(parameter.detach() - origin, alpha=terms.proximal)

@@ -45,17 +45,21 @@ class DynamicUpdate(ClientUpdate):
 class DynamicRound(ClientUpdate):
     def __init__(self, alpha: float, start: LocalStart) -> None:
         self.alpha, self._start = alpha, start
-        wanted = {OWN + name: start.reference[name] for name in start.parameters}
+        self._names = [name for name in start.parameters if name not in start.personal]
+        wanted = {OWN + name: start.reference[name] for name in self._names}
         self._own: dict[str, npt.NDArray[Any]] = {k: start.state.get(k, np.zeros_like(v)) for k, v in wanted.items()}
         check_like(self._own, wanted, origin="this client's gradient memory")
 
     def terms(self) -> GradientTerms:
-        correction = tuple(-self._own[OWN + name] for name in self._start.parameters)
+        own, reference = self._own, self._start.reference
+        correction = tuple(
+            -own[OWN + name] if OWN + name in own else np.zeros_like(reference[name]) for name in self._start.parameters
+        )
         return GradientTerms(proximal=self.alpha, correction=correction)
 
     def finish(self, work: LocalWork) -> LocalEnd:
         state = {}
-        for name in self._start.parameters:
+        for name in self._names:
             reference, own = self._start.reference[name], self._own[OWN + name]
             change = work.arrays[name].astype(np.float64) - reference.astype(np.float64)
             state[OWN + name] = (own - self.alpha * change).astype(reference.dtype)

@@ -136,8 +136,8 @@ class MlflowTracker(Tracker):
     def __init__(self, tracking: Tracking, cell: Cell, folder: Path) -> None:
         from mlflow import MlflowClient
 
-        self._client = MlflowClient(tracking_uri=tracking.mlflow)
         with locked(Path(f"{tracking.mlflow.removeprefix(STORE)}.lock")):  # two cannot make the tables at once
+            self._client = MlflowClient(tracking_uri=tracking.mlflow)  # makes them
             experiment = self._experiment(tracking.experiment)
         note, self._logged = folder / MLFLOW_RUN, 0
         if note.is_file():

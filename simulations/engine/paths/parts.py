@@ -70,7 +70,17 @@ class Parts:
         for terms in found:
             table = dict(zip(self.parameters, terms.correction, strict=True)) if terms.correction else {}
             rows.append(self._flat(stack, table) if table else torch.zeros_like(stack.values[0]))
-        return torch.stack(rows)
+        shared = self.shared_only(stack)
+        return torch.stack(rows) if shared is None else torch.stack(rows).mul_(shared)
+
+    def shared_only(self, stack: Stack) -> Tensor | None:
+        """(1, P): 0 for personal layers, on which the terms have no part, else 1; None where there are none."""
+        shared = self.terms[0].shared  # the same patterns for every client
+        if not shared:
+            return None
+        table = dict(zip(self.parameters, shared, strict=True))
+        ones = {name: np.full_like(self.reference[name], known) for name, known in table.items()}
+        return self._flat(stack, ones).unsqueeze(0)
 
     @staticmethod
     def _flat(stack: Stack, arrays: Arrays) -> Tensor:

@@ -91,7 +91,12 @@ class CohortPath(ABC):
         for slot in stack.slots.values():
             slot.rate, slot.keep = rate, 1 - rate * config.optimizer.weight_decay
         self.rule.start(stack.values[:count], rate)
-        added = Terms(proximal=parts.proximal, correction=parts.correction(stack), origin=origin)
+        added = Terms(
+            proximal=parts.proximal,
+            correction=parts.correction(stack),
+            origin=origin,
+            shared=parts.shared_only(stack) if parts.proximal else None,
+        )
         total, weight, steps = np.zeros(count), np.zeros(count), np.zeros(count, np.int64)
         slots: dict[str, Slot] = {}
         for batch in cohort.batches(request, config):

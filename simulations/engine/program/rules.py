@@ -16,11 +16,15 @@ CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What the algorithm adds to a gradient: proximal * (w - origin) + correction; both (K, P), or (1, P) for all."""
+    """What the algorithm adds to a gradient: shared * proximal * (w - origin) + correction; each (K, P), or (1, P) for all.
+
+    shared: 0 where nothing is pulled (personal layers), else 1; None = everything is.
+    """
 
     proximal: float = 0.0
     correction: Tensor | None = None
     origin: Tensor | None = None
+    shared: Tensor | None = None
 
 
 class Rule(ABC):
@@ -75,7 +79,8 @@ RULES: dict[str, type[Sgd] | type[AdamW]] = {"sgd": Sgd, "adamw": AdamW}
 def adjusted(values: Tensor, grads: Tensor, terms: Terms, clip_norm: float) -> None:
     """The algorithm's terms, then clipping by each client's own norm, in the order of the sequential local update."""
     if terms.proximal and terms.origin is not None:
-        grads.add_(values - terms.origin[: len(values)], alpha=terms.proximal)
+        moved = values - terms.origin[: len(values)]
+        grads.add_(moved if terms.shared is None else moved.mul_(terms.shared), alpha=terms.proximal)
     if terms.correction is not None:
         grads.add_(terms.correction[: len(grads)])
     if clip_norm > 0:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fl_clients.training.local_round import SharedOnly
 from fl_core.algorithms import build_algorithm
 from fl_core.algorithms.base import Aggregator, ClientUpdate, LocalStart, LocalWork, Update
 from fl_core.algorithms.fednova import effective_steps
@@ -234,6 +235,24 @@ def test_a_servers_control_variate_that_does_not_fit_is_refused() -> None:
     start = LocalStart(parameters=("w",), reference={"w": np.zeros(3)}, extra={"c/w": np.zeros(2)})
     with pytest.raises(IntegrityError, match="server's control variate"):
         algorithm("scaffold").client_update.begin(start)
+
+
+@pytest.mark.parametrize("name", ["scaffold", "feddyn", "fedprox"])
+def test_an_algorithm_has_no_part_in_personal_layers(name: str) -> None:
+    """Neither a pull, nor a correction, nor a memory of them."""
+    x = {"w": np.zeros(1), "own": np.zeros(2)}
+    start = LocalStart(parameters=("w", "own"), reference=x, personal=frozenset({"own"}), extra={"c/w": np.ones(1)})
+    inner = algorithm(name, feddyn_alpha=2.0, proximal_mu=2.0).client_update.begin(start)
+    update = SharedOnly(inner, [True, False])
+    parameters = [torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (1, 2)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    update.adjust_gradients(parameters, [torch.zeros_like(p) for p in parameters])
+    assert [p.grad.tolist() for p in parameters if p.grad is not None] == [[1.0 if name == "scaffold" else 2.0], [0, 0]]
+    work = LocalWork(arrays={"w": np.ones(1), "own": np.ones(2)}, num_examples=3, steps=1, lr=LR)
+    end = update.finish(work)
+    assert not any(key.endswith("/own") for key in {**end.state, **end.extra})
+    assert name == "fedprox" or any(key.endswith("/w") for key in end.state)
 
 
 @pytest.mark.parametrize("name", ["scaffold", "feddyn", "fednova"])

@@ -283,11 +283,15 @@ def test_results_that_deviate_are_noticed() -> None:
     assert "differs by 35.4%" in deviation([other], [one], request)
 
 
-@pytest.mark.parametrize(("algorithm", "personal"), [("scaffold", ""), ("fednova", "head.*"), ("feddyn", "")])
+@pytest.mark.parametrize(
+    ("algorithm", "personal"),
+    [("scaffold", ""), ("fednova", "head.*"), ("feddyn", ""), ("feddyn", "head.*"), ("fedprox", "head.*")],
+)
 def test_algorithms_with_a_part_of_their_own_on_each_client(tmp_path: FilePath, algorithm: str, personal: str) -> None:
     """Three rounds: what clients keep, their own layers too, goes from each into the next; in float32, so up to ReLU ties."""
     app, config = small_config(
         "toy_regression", "data.clients=6", "model.hidden=8", "optimizer.lr=0.01", f"algorithm.name={algorithm}", "algorithm.batch_size=3",
+        "algorithm.feddyn_alpha=1.0", "algorithm.proximal_mu=1.0",
         f"algorithm.personal={[personal] if personal else []}", "data.holdout_fraction=0.0",
     )  # fmt: skip
     raw, found = app.generate(config, 0), {}
