@@ -134,9 +134,15 @@ class Stream:
 
 
 def check_mode(settings: AlgorithmConfig, algorithm: Any) -> None:
-    """Raises InputError for an algorithm that cannot use updates of older models."""
+    """Raises InputError for an algorithm that cannot use updates of older models, and for what only rounds have."""
     if settings.mode == "async" and not algorithm.aggregator.asynchronous:
         raise InputError(
             f"algorithm {settings.name!r} needs the replies of one model: it has no algorithm.mode = 'async'",
             remedy="--set algorithm.name=fedbuff, or fedasync",
+        )
+    if settings.mode == "async" and (settings.over_select or settings.late != "drop"):
+        key, usual = ("over_select", "0") if settings.over_select else ("late", "drop")
+        raise InputError(
+            f"algorithm.{key} is of rounds: algorithm.mode = 'async' counts each reply when it comes",
+            remedy=f"--set algorithm.{key}={usual}, or algorithm.mode=sync",
         )

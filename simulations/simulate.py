@@ -12,20 +12,23 @@ import torch
 
 from fl_clients.training.client import Learner, evaluation
 from fl_core.algorithms import build_algorithm
+from fl_core.algorithms.base import Algorithm
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
-from fl_core.contracts.errors import DataError, IntegrityError
+from fl_core.contracts.errors import DataError, InputError, IntegrityError
 from fl_core.contracts.sections import SelectionConfig
 from fl_core.flower.grid import StreamGrid
 from fl_core.learning.application import Application
 from fl_core.learning.client_states import SlotStates
 from fl_core.learning.examples import Examples, RawData
 from fl_core.learning.partition import split_clients
+from fl_core.learning.personal import personal_names
 from fl_core.learning.torch_arrays import get_arrays, set_arrays
 from fl_core.storage import atomic
 from fl_server.engine import RoundEngine
 from fl_server.history import RoundRecord
 from fl_server.selection import Selector, UniformSelector
+from fl_server.stream import check_mode
 from simulations.device_states import ROUND_S, SimulatedSelector, open_states
 from simulations.engine.conductor import Conductor
 from simulations.engine.grid import WorkerGrid
@@ -87,24 +90,20 @@ def simulate(
     partition: deals the examples out to other clients, as ``simulations.partitioners`` say ("" = those of the data).
     cluster: a Ray cluster to train on, as of ``simulations.cluster.ray_workers`` ("" = this machine).
 
-    Raises DataError when no client is left to train.
+    Raises DataError when no client is left to train, InputError for settings that do not go together; both, and what is
+    wrong with ``devices`` and ``device_states``, before any worker starts.
     """
     torch.set_num_threads(1)
     population, held_examples, held = _opened(app, config, raw, partition, seed)
-    same_clients(out, partition)
     clients = Names(population)
-    if len(clients) < config.algorithm.min_clients:
-        raise DataError(
-            f"{app.name}: {len(clients)} clients, {config.algorithm.min_clients} needed",
-            remedy="lower algorithm.min_clients or add clients",
-        )
     algorithm = build_algorithm(config.algorithm)
-    algorithm.client_update.check(config.optimizer)
+    _check(app, config, algorithm, len(clients))
     learner = Learner(app, config, app.build_model(config), algorithm)
     model = learner.model
     if start is not None:
         set_arrays(model, start.arrays, origin="the starting checkpoint")
     initial = get_arrays(model)
+    personal_names(initial, config.algorithm.personal)
     states = SlotStates(out.resolve() / STATES, population.find)
     learner = replace(learner, states=states)
 
@@ -115,15 +114,17 @@ def simulate(
 
     selection = getattr(config, "selection", None) or SelectionConfig()
     kept = learner.algorithm.client_update.stateful or bool(config.algorithm.personal)
+    selector = _selector(selection, device_states, population, seed, app.name, round_s)
+    fleet = open_fleet(devices, seed) if isinstance(devices, str) and devices else devices
+    same_clients(out, partition)
     chosen = choose(engine, learner, population, rounds=num_rounds, seed=seed, kept=out / ENGINE_NAME)
     make = partial(ClientWorker, learner, population, chosen.build, seed=seed)
-    with start_workers(make, workers, len(population), cluster) as pool:
+    shared = out.resolve() / STATES if kept else None
+    with start_workers(make, workers, len(population), cluster, shared) as pool:
         grid: StreamGrid = WorkerGrid(
             Conductor(pool, population, block=chosen.block), learner.algorithm.aggregator.merge
         )
-        selector = _selector(selection, device_states, population, seed, app.name, round_s)
-        if devices:
-            fleet = open_fleet(devices, seed) if isinstance(devices, str) else devices
+        if not isinstance(fleet, str):
             grid, selector = on_virtual_clock(
                 grid, fleet, learner, population, initial, selection, device_states, seed=seed
             )
@@ -147,6 +148,23 @@ def simulate(
         final = rounds.run()
     states.close()
     return Simulation(final, rounds.history.records, clients, held, chosen.shown())
+
+
+def _check(app: Application, config: Any, algorithm: Algorithm, clients: int) -> None:
+    """Of an algorithm with its settings, over so many clients."""
+    settings = config.algorithm
+    if clients < settings.min_clients:
+        raise DataError(
+            f"{app.name}: {clients} clients, {settings.min_clients} needed",
+            remedy="lower algorithm.min_clients or add clients",
+        )
+    algorithm.client_update.check(config.optimizer)
+    check_mode(settings, algorithm)
+    if settings.mode == "async" and settings.buffer > clients:
+        raise InputError(
+            f"algorithm.buffer = {settings.buffer}: a client counts once a buffer, and {clients} clients train",
+            remedy=f"--set algorithm.buffer={max(1, clients // 2)}",
+        )
 
 
 def same_clients(out: Path, partition: str) -> None:
@@ -184,12 +202,12 @@ def _opened(
     return ExamplesPopulation(examples, clients), held_examples if len(held_examples) else None, held
 
 
-def start_workers(make: MakeWorker, count: int, clients: int, cluster: str = "") -> Workers:
-    """count, cluster: as of ``simulate``; never more than there are clients."""
+def start_workers(make: MakeWorker, count: int, clients: int, cluster: str = "", shared: Path | None = None) -> Workers:
+    """count, cluster: as of ``simulate``; never more than there are clients. shared: a folder that all must see."""
     if cluster:
         from simulations.cluster.ray_workers import RayWorkers
 
-        return RayWorkers(make, cluster, count=count, limit=clients)
+        return RayWorkers(make, cluster, count=count, limit=clients, shared=shared)
     count = min(count or usable_cores(), clients)
     return InlineWorkers(make) if count == 1 else ProcessWorkers(make, count)
 

@@ -11,9 +11,12 @@ warnings.simplefilter("ignore")
 from fl_core.contracts.offswitches import set_off_switches  # noqa: E402
 
 set_off_switches()
+from fl_core.contracts.errors import EnvironmentFault  # noqa: E402
 from simulations.cluster import ray_workers  # noqa: E402
-from simulations.simulate import simulate  # noqa: E402
+from simulations.simulate import simulate, start_workers  # noqa: E402
 from tests.helpers import small_config  # noqa: E402
+
+OWN_HANDLE = 987
 
 
 def main(folder: Path) -> None:
@@ -43,10 +46,12 @@ def main(folder: Path) -> None:
     ray_workers.RayWorkers.broadcast = killing
     killing_run = simulate(app, config, raw, out=folder / "killed", cluster=cluster.address, **shared)
     cluster.shutdown()
+    with_states, without = states_must_be_shared(folder, raw)
     print(
         json.dumps(
             {
                 "nodes": nodes,
+                "scaffold": [with_states.history[-1].model_sha256, without],
                 "killed": len(killed),
                 "models": [r.history[-1].model_sha256 for r in (plain, calm, killing_run)],
                 "clients": [sum(len(h.clients) for h in r.history) for r in (plain, calm, killing_run)],
@@ -54,6 +59,20 @@ def main(folder: Path) -> None:
             }
         )
     )
+
+
+def states_must_be_shared(folder: Path, raw: object) -> tuple[object, str]:
+    """SCAFFOLD where all workers see the states, and the refusal where they do not: a path that only this process has."""
+    app, config = small_config("toy_regression", "data.clients=12", "algorithm.name=scaffold")
+    shared = {"start": None, "num_rounds": 1, "seed": 0, "engine": "sequential", "cluster": "local:1"}
+    seen = simulate(app, config, raw, out=folder / "states", **shared)
+    (folder / "own").mkdir()
+    os.dup2(os.open(folder / "own", os.O_RDONLY), OWN_HANDLE)
+    try:
+        start_workers(len, 1, 1, "local:1", Path(f"/proc/self/fd/{OWN_HANDLE}"))
+    except EnvironmentFault as error:
+        return seen, error.message
+    return seen, ""
 
 
 def _nodes(ray: object, address: str) -> list:

@@ -54,4 +54,4 @@ class Progress:
             of = "" if self.total is None else f"/{self.total}"
             left = (time.monotonic() - self._began) / done * (self.total - done) if self.total and done else 0.0
             status += f", {left:.0f} s left" if left > 1 else ""
-            print(f"{self.title} {done}{of} {status}", file=sys.stderr, flush=True)
+            print(f"{self.title} {done}{of} {status.removeprefix(', ')}".rstrip(), file=sys.stderr, flush=True)

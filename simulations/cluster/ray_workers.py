@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import uuid
+from pathlib import Path
 from typing import Any
 
 from fl_core.contracts.errors import EnvironmentFault, InputError
@@ -44,15 +46,18 @@ class Actor:
     def pid(self) -> int:
         return os.getpid()
 
+    def sees(self, file: str) -> bool:
+        return os.path.exists(file)
+
 
 class RayWorkers(Workers):
     """address: "auto", "ray://HOST:PORT", "HOST:PORT", or "local:N" for a cluster of N CPUs on this machine.
 
-    count: actors at most (0 = one a CPU); limit: never more than there are clients. Raises EnvironmentFault when the cluster
-    is unreachable or has no CPU.
+    count: actors at most (0 = one a CPU); limit: never more than there are clients. shared: a folder that every actor must
+    see. Raises EnvironmentFault when the cluster is unreachable, has no CPU, or has nodes without that folder.
     """
 
-    def __init__(self, make: MakeWorker, address: str, *, count: int, limit: int) -> None:
+    def __init__(self, make: MakeWorker, address: str, *, count: int, limit: int, shared: Path | None = None) -> None:
         import ray
 
         self._ray, self._own = ray, connect(ray, address)
@@ -66,6 +71,28 @@ class RayWorkers(Workers):
         self._losses = 0
         self._actors = [self._start() for _ in range(self.count)]
         self._pending: dict[Any, int] = {}
+        if shared is not None:
+            self._check_shared(shared)
+
+    def _check_shared(self, folder: Path) -> None:
+        """States that lie on the nodes' own disks would be lost between rounds, and nothing would tell."""
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = folder / f".seen-{uuid.uuid4().hex}"
+        mark.touch()
+        try:
+            asked = [actor.sees.remote(str(mark)) for actor in self._actors]
+            missing = self._ray.get(asked, timeout=START_SECONDS).count(False)
+        except self._ray.exceptions.RayError as error:
+            self.close()
+            raise EnvironmentFault(f"the workers on the cluster do not start: {str(error)[-500:]}") from None
+        finally:
+            mark.unlink(missing_ok=True)
+        if missing:
+            self.close()
+            raise EnvironmentFault(
+                f"{folder}: keeps what clients keep, and {missing} of {len(asked)} workers on the cluster do not see it",
+                remedy="--out on a file system that all nodes share",
+            )
 
     def _start(self) -> Any:
         actor: Any = self._kind.options(scheduling_strategy="SPREAD").remote(self._make)

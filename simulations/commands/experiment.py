@@ -139,9 +139,13 @@ def plan(args: argparse.Namespace) -> list[Cell]:
 
 def cell_options(args: argparse.Namespace) -> dict[str, Any]:
     """Of ``simulate``; with several cells at a time each has its share of the cores."""
+    from fl_core.learning.sources import GENERATED
     from simulations.engine.processes import usable_cores
 
     options = federation.settings(args)
+    for key in ("devices", "device_states"):
+        if options[key] not in ("", GENERATED):
+            options[key] = str(Path(options[key]).resolve())  # a manifest is replayed from any folder
     if not options.get("workers") and args.jobs > 1:
         options["workers"] = max(1, usable_cores() // args.jobs)
     return options
@@ -155,7 +159,8 @@ def replay(args: argparse.Namespace) -> int:
     cell = read_cell(args.replay)
     if not cell.model_sha256:
         raise InputError(f"{args.replay}: this cell has not been finished", remedy="repeat the command that began it")
-    asked = replace(cell, data=args.data) if args.data else cell
+    options = {**cell.options, "workers": args.workers} if args.workers else cell.options
+    asked = replace(cell, data=args.data or cell.data, options=options)
     with ExitStack() as stack:
         out = args.out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fieldfleet-")))
         bar = stack.enter_context(Progress(f"replay {cell.name}", cell.rounds))

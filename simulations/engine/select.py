@@ -28,7 +28,17 @@ from fl_core.learning.partition import client_data
 from fl_core.learning.torch_arrays import get_arrays
 from fl_core.runtime.machine import cpu_name
 from fl_core.storage import atomic
-from simulations.engine.names import AUTO, DEFAULT_STACK, FUNCTIONAL, FUSED, SEQUENTIAL, STACKED, parsed
+from simulations.engine.names import (
+    AUTO,
+    DEFAULT_STACK,
+    ENGINES,
+    FUNCTIONAL,
+    FUSED,
+    MAX_STACK,
+    SEQUENTIAL,
+    STACKED,
+    parsed,
+)
 from simulations.engine.paths import Path, Results, Task
 from simulations.engine.paths.functional import FunctionalPath
 from simulations.engine.paths.sequential import BLOCK, SequentialPath
@@ -94,7 +104,10 @@ def choose(
     (default: in the user's cache folder). Raises InputError for an unknown name.
     """
     if engine == AUTO and kept is not None and (found := read_cache(kept)):
-        return Chosen(str(found["name"]), int(found["block"]), "as this run began")
+        name, block = found.get("name"), found.get("block")
+        if name in ENGINES and name != AUTO and isinstance(block, int) and 1 <= block <= MAX_STACK:
+            return Chosen(name, block, "as this run began")
+        log.warning("%s does not say how this run began: the engine is chosen again", kept)
     chosen = _choose(engine, learner, population, rounds, seed, cache)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -53,3 +53,6 @@ def test_a_cluster_of_two_nodes_and_killed_workers_end_in_the_bits_of_one_machin
     assert len(set(found["models"])) == 1
     assert len(set(found["clients"])) == 1, "each client counted exactly once"
     assert found["refused"] == [0, 0, 0]
+    model, refusal = found["scaffold"]
+    assert model
+    assert "1 of 1 workers on the cluster do not see it" in refusal

@@ -11,11 +11,12 @@ import pytest
 import torch
 from flwr.app import Message, MessageType, RecordDict
 
+from fieldfleet.__main__ import main as command
 from fl_clients.training.client import ClientRuntime
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.config import to_table
-from fl_core.contracts.errors import DataError, IntegrityError, RefusedError
+from fl_core.contracts.errors import DataError, FieldfleetError, IntegrityError, RefusedError
 from fl_core.contracts.manifests import CheckpointManifest
 from fl_core.flower import adapter
 from fl_core.flower.messages import Reply, Request
@@ -190,6 +191,44 @@ class Empty:
     def examples(self, config: Any) -> Examples:
         found: Examples = self.whole.examples(config).take([])
         return found
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "words"),
+    [
+        ({"devices": "missing.toml"}, [], "missing.toml"),
+        ({"device_states": "missing.csv"}, [], "missing.csv"),
+        ({}, ["algorithm.personal=['nothing.*']"], "fits no array of the model"),
+        ({"partition": "nonsense"}, [], "unknown partitioner"),
+    ],
+)
+def test_what_was_got_wrong_is_told_before_any_work(
+    tmp_path: Path, options: dict[str, str], settings: list[str], words: str
+) -> None:
+    with pytest.raises(FieldfleetError, match=words):
+        run(tmp_path / "out", *settings, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--flower-app . --devices generated", "--devices has no part in --flower-app"),
+        ("toy_regression --flower-app .", "APP has no part in --flower-app"),
+        ("--flower-app . --set a.b=1", "--set has no part in --flower-app"),
+        ("--replay . --rounds 3", "--rounds has no part in --replay"),
+        ("toy_regression --rounds 1 --out {out} --in-process", "--in-process needs --flower-app"),
+        ("toy_regression --rounds 1 --out {out} --target 1", "--target needs --devices"),
+        ("toy_regression --rounds 1 --out {out} --jobs 2", "--jobs needs --seeds or --sweep"),
+        ("toy_regression --rounds 1 --out {out} --round-seconds 9", "--round-seconds needs --device-states"),
+        ("toy_regression --rounds 1 --out {out} --seeds 2 --devices generated --target 1", "no part in an experiment"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    tmp_path: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(["simulate", *words.format(out=tmp_path / "out").split()]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_data_set_without_clients_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ def test_a_run_goes_on_as_it_began(tmp_path: Path) -> None:
     assert (again.name, again.block) == ("stacked", 3)
 
 
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"name": "stacked", "block": 0}', '{"name": "magic", "block": 3}', "{"])
+def test_a_damaged_note_of_a_run_is_chosen_again(tmp_path: Path, text: str) -> None:
+    setup, kept = Setup(), tmp_path / ".engine.json"
+    kept.write_text(text)
+    assert choose("auto", setup.learner, setup.population, rounds=1, seed=0, kept=kept).name == "sequential"
+    assert json.loads(kept.read_text())["name"] == "sequential"
+
+
 def test_little_work_is_not_measured_first(tmp_path: Path) -> None:
     setup = Setup()
     found = choose("auto", setup.learner, setup.population, rounds=1, seed=0, cache=tmp_path / "engines.json")

@@ -113,6 +113,20 @@ def test_algorithms_that_need_one_model_are_refused(tmp_path: Path) -> None:
         run(tmp_path, *EXACT, "algorithm.name=scaffold")
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("algorithm.over_select=0.5", r"algorithm.over_select is of rounds"),
+        ("algorithm.late=next", r"algorithm.late is of rounds"),
+        ("algorithm.buffer=5", r"algorithm.buffer = 5: .* 4 clients train"),
+    ],
+)
+def test_settings_that_a_stream_of_replies_cannot_have_are_refused(tmp_path: Path, setting: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        run(tmp_path / "out", *EXACT, "algorithm.name=fedbuff", "algorithm.buffer=2", setting)
+    assert not (tmp_path / "out").exists()
+
+
 def test_with_stragglers_it_takes_less_time_to_a_target_than_rounds(tmp_path: Path) -> None:
     """Ten clients, of which two are ten times slower: rounds wait for these, buffers do not."""
     common = (
