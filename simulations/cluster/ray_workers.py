@@ -161,6 +161,7 @@ def connect(ray: Any, address: str) -> bool:
         if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= 1024:
             raise InputError(f"--cluster {address}: not usable", remedy="auto, ray://HOST:PORT, HOST:PORT or local:N")
         options["num_cpus"] = int(number)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # its future default; else it warns at each start
     try:
         ray.init(logging_level=logging.WARNING, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
