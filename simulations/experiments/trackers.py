@@ -40,6 +40,8 @@ class Tracking:
             )
         if self.mlflow and not (self.mlflow.startswith(STORE) and len(self.mlflow) > len(STORE)):
             raise InputError(f"--mlflow {self.mlflow}: must be a local store", remedy=f"write {STORE}FILE")
+        if self.mlflow and not (folder := Path(self.mlflow.removeprefix(STORE)).parent).is_dir():
+            raise InputError(f"--mlflow {self.mlflow}: {folder} is no folder", remedy="create it first")
 
 
 class Tracker:

@@ -223,6 +223,7 @@ def test_killed_at_any_moment_the_command_goes_on_and_finished_cells_stay(
         (["--sweep", "algorithm.name=nonsense"], "unknown algorithm.name"),
         (["--seeds", "1", "--jobs", "0"], "--jobs 0"),
         (["--mlflow", "http://elsewhere"], "must be a local store"),
+        (["--mlflow", "sqlite:///missing/store.db"], "missing is no folder"),
     ],
 )
 def test_a_wrong_experiment_is_refused_before_any_cell_runs(
