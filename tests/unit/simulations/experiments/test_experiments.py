@@ -183,7 +183,7 @@ def test_killed_at_any_moment_the_command_goes_on_and_finished_cells_stay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "experiment"
-    words = ["simulate", "toy_regression", "--rounds", "150", "--seeds", "1", "--workers", "1", "--json"]
+    words = ["simulate", "toy_regression", "--rounds", "60", "--seeds", "1", "--workers", "1", "--json"]
     words += ["--sweep", "optimizer.lr=0.01,0.02", "--set", "data.clients=4", "--out", str(out), "--data", "generated"]
     names = ["optimizer.lr=0.01,seed=0", "optimizer.lr=0.02,seed=0"]
     running = subprocess.Popen([sys.executable, "-m", "fieldfleet", *words], cwd=ROOT, stdout=subprocess.DEVNULL)
