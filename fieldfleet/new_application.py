@@ -36,6 +36,8 @@ dependencies = ["fieldfleet>={version}"]
 
 [tool.setuptools]
 packages = ["{name}"]
+# An editable install is then a line of the path, which a folder of this name where Python is started does not hide.
+package-dir = {{"" = "."}}
 
 [tool.setuptools.package-data]
 {name} = ["presets/*.toml", "README.md"]

@@ -128,6 +128,16 @@ def resolve(reference: str | Callable[..., Any]) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+def _loaded(name: str, entry: importlib.metadata.EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"application {name!r}: the installed package does not offer {entry.value}: {error}",
+            remedy="install it again; start in a folder that holds no other folder of its name",
+        ) from None
+
+
 def application(name: str) -> Application:
     """By name. Raises InputError with the list of the known ones."""
     known = known_applications()
@@ -135,7 +145,7 @@ def application(name: str) -> Application:
         raise unknown_name("application", name, known)
     for entry in importlib.metadata.entry_points(group=APPLICATION_ENTRY_POINTS):
         if entry.name == name:
-            found = entry.load()
+            found = _loaded(name, entry)
             break
     else:
         found = importlib.import_module(f"applications.{name}").APPLICATION

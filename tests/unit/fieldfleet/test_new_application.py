@@ -50,6 +50,16 @@ def test_a_new_package_passes_the_conformance_suite_and_every_command_knows_it(t
     assert "Presets: default" in shown.stdout
 
 
+def test_an_installed_package_that_is_hidden_is_told(tmp_path: Path) -> None:
+    new_application("soil_moisture", tmp_path)
+    environment = installed(tmp_path / "soil_moisture", tmp_path / "site")
+    (tmp_path / "soil_moisture" / "soil_moisture" / "__init__.py").unlink()
+    shown = fieldfleet("apps", "soil_moisture", environment=environment)
+    assert shown.returncode == 2
+    assert "does not offer soil_moisture:APPLICATION" in shown.stderr
+    assert "Traceback" not in shown.stderr
+
+
 def test_nothing_of_the_template_is_left(tmp_path: Path) -> None:
     folder = new_application("river_gauge", tmp_path)
     texts = {p.relative_to(folder): p.read_text() for p in folder.rglob("*") if p.is_file()}
