@@ -184,7 +184,7 @@ def test_group_norm_never_wipes_out_its_values(channels: int) -> None:
 def test_normalisations_by_name() -> None:
     assert isinstance(norm("none", 4, dims=2), torch.nn.Identity)
     assert [type(norm("batch", 4, dims=d)).__name__ for d in (1, 2, 3)] == ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
-    with pytest.raises(InputError, match="batch, group, none"):
+    with pytest.raises(InputError, match="batch, ghost, group, none"):
         norm("layer", 4, dims=1)
 
 
