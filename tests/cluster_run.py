@@ -45,8 +45,8 @@ def main(folder: Path) -> None:
     nodes = len([n for n in _nodes(ray, cluster.address) if n["Alive"]])
     ray_workers.RayWorkers.broadcast = killing
     killing_run = simulate(app, config, raw, out=folder / "killed", cluster=cluster.address, **shared)
+    with_states, without = states_must_be_shared(folder, raw, cluster.address)
     cluster.shutdown()
-    with_states, without = states_must_be_shared(folder, raw)
     print(
         json.dumps(
             {
@@ -61,15 +61,15 @@ def main(folder: Path) -> None:
     )
 
 
-def states_must_be_shared(folder: Path, raw: object) -> tuple[object, str]:
+def states_must_be_shared(folder: Path, raw: object, address: str) -> tuple[object, str]:
     """SCAFFOLD where all workers see the states, and the refusal where they do not: a path that only this process has."""
     app, config = small_config("toy_regression", "data.clients=12", "algorithm.name=scaffold")
-    shared = {"start": None, "num_rounds": 1, "seed": 0, "engine": "sequential", "cluster": "local:1"}
+    shared = {"start": None, "num_rounds": 1, "seed": 0, "engine": "sequential", "cluster": address}
     seen = simulate(app, config, raw, out=folder / "states", **shared)
     (folder / "own").mkdir()
     os.dup2(os.open(folder / "own", os.O_RDONLY), OWN_HANDLE)
     try:
-        start_workers(len, 1, 1, "local:1", Path(f"/proc/self/fd/{OWN_HANDLE}"))
+        start_workers(list, 1, 1, address, Path(f"/proc/self/fd/{OWN_HANDLE}"))
     except EnvironmentFault as error:
         return seen, error.message
     return seen, ""

@@ -46,7 +46,7 @@ def test_a_cluster_of_two_nodes_and_killed_workers_end_in_the_bits_of_one_machin
         "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
     }
-    done = run_python(["tests/cluster_run.py", str(tmp_path)], environment=environment, cwd=ROOT, timeout=280)
+    done = run_python(["tests/cluster_run.py", str(tmp_path)], environment=environment, cwd=ROOT, timeout=290)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["nodes"], found["killed"]) == (2, 2)
