@@ -155,8 +155,10 @@ def connect(ray: Any, address: str) -> bool:
     """Whether this call opened the connection: an application that is connected already keeps its own."""
     if ray.is_initialized():
         return False
-    options: dict[str, Any] = {"include_dashboard": False} if address.startswith(LOCAL) else {"address": address}
+    options: dict[str, Any] = {"address": address}
     if address.startswith(LOCAL):
+        # Without this address Ray joins a cluster that runs here already.
+        options = {"address": LOCAL, "include_dashboard": False}
         number = address.removeprefix(LOCAL).removeprefix(":")
         if not number.isascii() or not number.isdigit() or not 1 <= int(number) <= 1024:
             raise InputError(f"--cluster {address}: not usable", remedy="auto, ray://HOST:PORT, HOST:PORT or local:N")
