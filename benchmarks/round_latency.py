@@ -3,8 +3,8 @@
     python -m benchmarks round_latency [--quick] [--transport https,mqtt] [--broker embedded,mosquitto] [--mb 0,12] [--json]
 
 (--quick: the trivial model, fewer rounds, without the peer.) Ours: ``server run`` and two ``agent run`` in separate
-processes over TLS with registered keys, a real torch local update and a checkpoint on disk each round; over MQTT the
-devices reach nothing but the broker. Peer: ``flower-superlink`` and two ``flower-supernode`` as they come (subprocess
+processes over TLS with registered keys, a real torch local update and a checkpoint on disk each round, each of which
+must count both devices; over MQTT the devices reach nothing but the broker. Peer: ``flower-superlink`` and two ``flower-supernode`` as they come (subprocess
 isolation, no TLS, no authentication, SQLite), FedAvg over clients that add one to an array of the same size.
 Both are measured from outside, round to round; the first round starts the processes and is left out.
 """
@@ -33,8 +33,8 @@ from fl_core.learning.application import application
 from fl_core.storage.log import read_log
 
 DEVICES = ("client-0000", "client-0001")
-# One wide layer and few examples: a round whose work is moving the model.
-SIZED = ("model.hidden=4096", "model.norm=none", "data.examples_per_client=8")
+# One wide layer and few examples: a round whose work is moving the model. A rate at which its training stays finite.
+SIZED = ("model.hidden=4096", "model.norm=none", "data.examples_per_client=8", "optimizer.lr=0.0001")
 PEER_ROUNDS = 4
 
 
@@ -137,7 +137,11 @@ def ours(folder: Path, rounds: int, case: Case) -> list[float]:
             if broker is not None:
                 broker.kill()
                 broker.wait()
-    return [float(entry["seconds"]) for entry in read_log(out / "history.jsonl")][1:]
+    entries = list(read_log(out / "history.jsonl"))
+    wrong = [entry["round"] for entry in entries if len(entry["clients"]) != len(DEVICES) or not entry["applied"]]
+    if wrong:
+        raise RuntimeError(f"{case.name}: rounds {wrong} did not count both devices: their times say nothing")
+    return [float(entry["seconds"]) for entry in entries][1:]
 
 
 def enrol(folder: Path, name: str, home: Path, where: Sequence[str], children: Children) -> None:

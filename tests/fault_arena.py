@@ -113,9 +113,9 @@ class Arena:
         self._thread.start()
 
     def _ended(self, record: RoundRecord) -> None:
-        self.records.append(record)
         if record.round in self.after:
             self.after[record.round]()
+        self.records.append(record)  # who waits for the round finds what was to come after it done
 
     def wait_round(self, number: int, timeout: float = 90.0) -> RoundRecord:
         def ended() -> bool:

@@ -144,7 +144,7 @@ def test_a_partition_that_outlasts_the_deadline(fault: Fault, tmp_path: Path) ->
         victim = field.device(VICTIM)
         field.after[1] = lambda: silent(field.proxy)
         field.after[2] = lambda: field.device(NAMES[1]).switch("hold", True)
-        field.begin(4, "algorithm.min_clients=1", "algorithm.deadline_s=6")
+        field.begin(4, "algorithm.min_clients=1", "algorithm.deadline_s=12")
         assert field.wait_round(2).late == [VICTIM]
         healed(field.proxy)
         with fault.recovery():
