@@ -134,7 +134,6 @@ def run(system: str, name: str, clients: int, out: Path) -> dict[str, Any]:
     rounds = min(1 + ROUNDS[name], SLOW_PEERS.get(system, 100))
     command = [sys.executable, "-m", "benchmarks._simulation_peers", system, name, str(clients), str(rounds), str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
-    environment["RAY_raylet_start_wait_time_s"] = "300"  # a busy machine starts Ray slowly
     environment |= {"FLWR_TELEMETRY_ENABLED": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     if system == "pfl":
         addresses = ",".join(f"localhost:{port}" for port in free_ports(2))
