@@ -284,4 +284,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert refused.returncode == 2
     assert "Cannot find pyproject.toml" in refused.stderr
     every = fieldfleet("simulate", "--flower-app", APPS / "numpy_linear", "toy_regression")
-    assert (every.returncode, "name one of them" in every.stderr) == (2, True)
+    assert (every.returncode, "APP has no part in --flower-app" in every.stderr) == (2, True)
