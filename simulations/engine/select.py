@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -28,6 +27,8 @@ from fl_core.learning.partition import client_data
 from fl_core.learning.torch_arrays import get_arrays
 from fl_core.runtime.machine import cpu_name
 from fl_core.storage import atomic
+from simulations.engine import native
+from simulations.engine.cache import cache_folder
 from simulations.engine.names import (
     AUTO,
     DEFAULT_STACK,
@@ -48,7 +49,7 @@ from simulations.engine.processes import usable_cores
 from simulations.engine.program.compiler import UnsupportedModel
 
 log = logging.getLogger(__name__)
-VERSION = 2  # of the paths: measurements of other ones are not taken over
+VERSION = 3  # of the paths: measurements of other ones are not taken over
 STACKS = (8, 32, 128)
 LITTLE = 20_000  # examples: below that the sequential way is done before the others are measured
 BUDGET_SECONDS = (
@@ -109,6 +110,8 @@ def choose(
             return Chosen(name, block, "as this run began")
         log.warning("%s does not say how this run began: the engine is chosen again", kept)
     chosen = _choose(engine, learner, population, rounds, seed, cache)
+    if chosen.name in (FUSED, STACKED):
+        native.kernels()  # loaded, or built, before workers are forked
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_json(kept, {"name": chosen.name, "block": chosen.block})
@@ -316,8 +319,7 @@ def _same(data: Any) -> Any:
 
 
 def cache_file() -> File:
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return File(root).expanduser() / "fieldfleet" / "engines.json"
+    return cache_folder() / "engines.json"
 
 
 def read_cache(file: File) -> dict[str, Any]:
@@ -342,6 +344,6 @@ def signature(learner: Learner, population: Population, candidates: list[tuple[s
         [config.algorithm.batch_size, config.algorithm.name, config.algorithm.local_epochs],
         asdict(config.optimizer),
         candidates,
-        [torch.__version__, cpu_name(), usable_cores()],
+        [torch.__version__, cpu_name(), usable_cores(), native.kernels() is not None],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -23,6 +23,7 @@ from fl_core.learning.sources import open_data
 from fl_core.storage import atomic
 from fl_server.history import RoundRecord, check_applied
 from simulations.engine.names import AUTO
+from simulations.engine.native.build import version as kernels_version
 from simulations.experiments.plan import RESULT, Cell, locked, read_cell
 from simulations.experiments.trackers import Tracking, open_trackers
 from simulations.simulate import ENGINE_NAME, Simulation, simulate
@@ -32,7 +33,12 @@ RUN = "run"
 
 def versions() -> dict[str, str]:
     found = {name: package_version(name) or "" for name in ("fieldfleet", "flwr", "numpy")}
-    return {"python": platform.python_version(), "torch": str(torch.__version__), **found}
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "kernels": kernels_version(),
+        **found,
+    }
 
 
 def run_cell(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from simulations.engine import native
 from simulations.engine.program.slots import Layout, Slot
 
 
@@ -40,15 +41,24 @@ class Linear(Layer):
         self.layouts = tuple(found)
 
     def forward(self, x: Tensor, slots: dict[str, Slot], clients: int) -> Tensor:
-        matrix = slots[self.weight].value
+        slot, bias = slots[self.weight], slots[self.bias] if self.bias else None
         self._shape = x.shape
         self._x = x.reshape(clients, -1, x.shape[-1])
-        y = affine(self._x, matrix, slots[self.bias].value if self.bias else None)
-        return y.view(*x.shape[:-1], matrix.shape[2])
+        self._compiled = native.usable(x, slot) and native.small(slot)
+        if self._compiled:
+            self._x = self._x.contiguous()
+            y = native.linear(self._x, slot, bias)
+        else:
+            y = affine(self._x, slot.value, None if bias is None else bias.value)
+        return y.view(*x.shape[:-1], slot.value.shape[2])
 
     def backward(self, dy: Tensor, slots: dict[str, Slot], clients: int, *, wanted: bool) -> Tensor | None:
-        slot = slots[self.weight]
+        slot, bias = slots[self.weight], slots[self.bias] if self.bias else None
         dy = dy.reshape(clients, -1, dy.shape[-1])
+        if self._compiled:
+            found = native.linear_backward(self._x, dy.contiguous(), slot, bias, wanted=wanted)
+            del self._x
+            return None if found is None else found.view(self._shape)
         dx = product(dy, slot.value.transpose(1, 2)).view(self._shape) if wanted else None
         slot.product(self._x.transpose(1, 2), dy)
         if self.bias:
@@ -89,7 +99,13 @@ class Conv1d(Layer):
 
     def forward(self, x: Tensor, slots: dict[str, Slot], clients: int) -> Tensor:
         count, channels, steps = x.shape
-        sequence = x.transpose(1, 2)
+        sequence, slot = x.transpose(1, 2), slots[self.weight]
+        self._compiled = native.usable(x, slot) and native.small(slot)
+        if self._compiled:
+            out = (steps + 2 * self.padding - self.dilation * (self.kernel - 1) - 1) // self.stride + 1
+            self._settings, self._columns = (self.stride, self.padding, self.dilation, out), sequence.contiguous()
+            y = native.conv(self._columns, slot, slots[self.bias] if self.bias else None, self._settings)
+            return y.transpose(1, 2)
         padded = x.new_zeros(count, steps + 2 * self.padding, channels) if self.padding else sequence.contiguous()
         if self.padding:
             padded[:, self.padding : self.padding + steps] = sequence
@@ -109,6 +125,12 @@ class Conv1d(Layer):
 
     def backward(self, dy: Tensor, slots: dict[str, Slot], clients: int, *, wanted: bool) -> Tensor | None:
         slot, count, outputs = slots[self.weight], dy.shape[0], dy.shape[1]
+        if self._compiled:
+            bias = slots[self.bias] if self.bias else None
+            down, sequence = dy.transpose(1, 2).contiguous(), self._columns
+            del self._columns
+            found = native.conv_backward(sequence, down, slot, bias, self._settings, wanted=wanted)
+            return None if found is None else found.transpose(1, 2)
         dy = dy.transpose(1, 2).reshape(clients, -1, outputs)
         dx = None
         if wanted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from simulations.engine import native
 from simulations.engine.program.layers import Layer
 from simulations.engine.program.slots import Layout, Slot
 
@@ -29,9 +30,15 @@ class Gru(Layer):
         return module.num_layers == 1 and module.batch_first and not module.bidirectional and bool(module.bias)
 
     def forward(self, x: Tensor, slots: dict[str, Slot], clients: int) -> Tensor:
-        w_in, w_state, b_in, b_state = (slots[n].value for n in self.names)
+        mine = [slots[n] for n in self.names]
         count, steps, inputs = x.shape
         batch, hidden = count // clients, self.hidden
+        self._compiled = native.usable(x, mine[1]) and native.small(mine[1]) and not hidden % native.LANES[x.dtype]
+        if self._compiled:
+            self._x = x.contiguous()
+            self._made = native.gru(self._x, mine)
+            return self._made[2][:, 1:].permute(0, 2, 1, 3).reshape(count, steps, hidden)
+        w_in, w_state, b_in, b_state = (slot.value for slot in mine)
         # (K, T B, I): the input's part of every gate in one product
         self._x = x.view(clients, batch, steps, inputs).permute(0, 2, 1, 3).reshape(clients, steps * batch, inputs)
         gates = torch.baddbmm(b_in.unsqueeze(1), self._x, w_in.transpose(1, 2))
@@ -53,6 +60,10 @@ class Gru(Layer):
         return states[1:].permute(1, 2, 0, 3).reshape(count, steps, hidden)
 
     def backward(self, dy: Tensor, slots: dict[str, Slot], clients: int, *, wanted: bool) -> Tensor | None:
+        if self._compiled:
+            made, data = self._made, self._x
+            del self._made, self._x
+            return native.gru_backward(data, dy.contiguous(), [slots[n] for n in self.names], made, wanted=wanted)
         w_in, w_state = slots[self.names[0]].value, slots[self.names[1]].value
         count, steps, hidden = dy.shape
         batch, h = count // clients, self.hidden

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from simulations.engine import native
 from simulations.engine.program.layers import Layer
 from simulations.engine.program.slots import Slot
 
@@ -122,8 +123,14 @@ class MaxPoolStep(Step):
 
     def forward(self, values: Values, slots: Slots, clients: int) -> None:
         x = values[self.source]
-        x = (x.unsqueeze(2) if self._row else x).contiguous(memory_format=torch.channels_last)
         kernel, stride, padding = self._settings
+        self._compiled = self._row and native.usable(x)
+        if self._compiled:
+            y, which = native.pool(x.transpose(1, 2).contiguous(), kernel[1], stride[1], padding[1], relu=self.relu)
+            self._kept = x, y, which
+            values[self.target] = y.transpose(1, 2)
+            return
+        x = (x.unsqueeze(2) if self._row else x).contiguous(memory_format=torch.channels_last)
         y, index = torch.ops.aten.max_pool2d_with_indices(x, kernel, stride, padding)
         if self.relu:
             y.relu_()
@@ -135,6 +142,11 @@ class MaxPoolStep(Step):
         x, y, index = self._kept
         del self._kept
         if dy is None:
+            return
+        if self._compiled:
+            settings = [part[1] for part in self._settings]
+            dx = native.pool_backward(dy.transpose(1, 2).contiguous(), y, index, x.shape[2], settings, relu=self.relu)
+            grads.add(self.source, dx.transpose(1, 2))
             return
         dy = dy.unsqueeze(2) if self._row else dy
         if self.relu:

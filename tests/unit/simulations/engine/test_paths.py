@@ -23,6 +23,7 @@ from fl_core.flower.messages import Request
 from fl_core.learning.application import TensorSpec, application
 from fl_core.learning.examples import ClientData, Examples
 from fl_core.learning.torch_arrays import get_arrays
+from simulations.engine import native
 from simulations.engine.paths import Path, Results, Task
 from simulations.engine.paths.functional import FunctionalPath
 from simulations.engine.paths.sequential import SequentialPath
@@ -66,10 +67,10 @@ class Conv2dNet(nn.Module):
 
 
 class GruNet(nn.Module):
-    def __init__(self, every_state: bool) -> None:
+    def __init__(self, every_state: bool, hidden: int) -> None:
         super().__init__()
         self.every_state = every_state
-        self.first, self.cell, self.head = nn.Linear(3, 5), nn.GRU(5, 6, batch_first=True), nn.Linear(6, 4)
+        self.first, self.cell, self.head = nn.Linear(3, 5), nn.GRU(5, hidden, batch_first=True), nn.Linear(hidden, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         states, _ = self.cell(torch.tanh(self.first(x.transpose(1, 2))))
@@ -101,8 +102,8 @@ class LstmNet(nn.Module):
 SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv1d": (Conv1dNet, (3, 20)),
     "conv2d": (Conv2dNet, (2, 8, 9)),
-    "gru_last": (partial(GruNet, False), (3, 10)),
-    "gru_all": (partial(GruNet, True), (3, 10)),
+    "gru_last": (partial(GruNet, False, 8), (3, 10)),  # of whole vectors: by the kernels
+    "gru_all": (partial(GruNet, True, 6), (3, 10)),
     "mlp": (Mlp, (3, 10)),
 }
 TRAININGS = {
@@ -210,6 +211,14 @@ def test_compiled_paths_are_the_sequential_update(model: str, training: str) -> 
     expected = run(SequentialPath(ours), work, ours)
     for clients in (1, 3, 4):
         compare(run(StackedPath(ours, clients), work, ours), expected)
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_without_kernels_the_same(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    make, shape = SHAPES[model]
+    ours = learner(make, shape)
+    compare(run(StackedPath(ours, 3), tasks(shape), ours), run(SequentialPath(ours), tasks(shape), ours))
 
 
 @pytest.mark.parametrize("training", ["plain", "adamw, two epochs", "proximal, clipped"])

@@ -1,0 +1,80 @@
+/* Kernels of the stacked engine for small models: one thread, K clients one after the other, in float and in double.
+ *
+ * Everything here has a twin in torch operations (simulations/engine/program), which it is held to by the tests. Compiled on
+ * first use by the machine's own compiler; without one the twins run. GNU C (gcc, clang): vector types, 128-bit integers.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define ROWS 6 /* of a tile: 6 x 2 vectors of sums, two of B and a broadcast fill 16 registers */
+
+typedef int64_t Int;
+
+#define REAL float
+#define INTEGER int32_t
+#define N(name) name##_f32
+#define SINGLE 1
+#include "kernels.h"
+#undef REAL
+#undef INTEGER
+#undef N
+#undef SINGLE
+
+#define REAL double
+#define INTEGER int64_t
+#define N(name) name##_f64
+#define SINGLE 0
+#include "kernels.h"
+
+/* Permutations as numpy.random.Generator(PCG64).permutation draws them: O'Neill's PCG XSL-RR 128/64; bounded
+ * integers from as many bits as needed of halves of its words, low half first, too large ones drawn again. seeds: (clients, 4), of
+ * SeedSequence. */
+
+typedef unsigned __int128 Wide;
+
+typedef struct {
+    Wide state, step;
+    uint32_t spare;
+    int has_spare;
+} Pcg;
+
+static uint32_t next32(Pcg *g) {
+    if (g->has_spare) {
+        g->has_spare = 0;
+        return g->spare;
+    }
+    g->state = g->state * (((Wide)0x2360ED051FC65DA4ULL << 64) | 0x4385DF649FCCF645ULL) + g->step;
+    uint64_t mixed = (uint64_t)(g->state >> 64) ^ (uint64_t)g->state;
+    unsigned turn = (unsigned)(g->state >> 122);
+    uint64_t word = (mixed >> turn) | (mixed << ((64 - turn) & 63));
+    g->spare = (uint32_t)(word >> 32);
+    g->has_spare = 1;
+    return (uint32_t)word;
+}
+
+static uint32_t up_to(Pcg *g, uint32_t most) {
+    uint32_t mask = 0xFFFFFFFFu >> __builtin_clz(most), drawn;
+    while ((drawn = next32(g) & mask) > most) {}
+    return drawn;
+}
+
+int permutations(Int clients, Int count, const uint64_t *seeds, Int *out) {
+    const Wide multiplier = ((Wide)0x2360ED051FC65DA4ULL << 64) | 0x4385DF649FCCF645ULL;
+    for (Int k = 0; k < clients; k++) {
+        const uint64_t *s = seeds + 4 * k;
+        Pcg g = {0, ((((Wide)s[2] << 64) | s[3]) << 1) | 1, 0, 0};
+        g.state = (g.step + (((Wide)s[0] << 64) | s[1])) * multiplier + g.step;
+        Int *row = out + k * count;
+        for (Int i = 0; i < count; i++) row[i] = i;
+        for (Int i = count - 1; i > 0; i--) {
+            Int j = up_to(&g, (uint32_t)i), kept = row[i];
+            row[i] = row[j];
+            row[j] = kept;
+        }
+    }
+    return 0;
+}
