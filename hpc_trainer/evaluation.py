@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from fl_core.learning.application import Application
 from fl_core.learning.examples import Examples
+from hpc_trainer import spatial
 from hpc_trainer.layout import Layout
 from hpc_trainer.processes import Processes
 from hpc_trainer.step import Batch, Step, forward, on_device
@@ -34,17 +35,18 @@ class Evaluation:
             size = self.config.pretrain.batch_size  # what fits in training fits here
             for start in range(0, len(examples), size):
                 chunk = np.arange(start, min(start + size, len(examples)))
-                mine = np.array_split(chunk, self.layout.world)[self.layout.rank]
+                mine = np.array_split(chunk, self.layout.shares)[self.layout.share]
                 batch = self._batch(examples, mine, dtype)
                 found = forward(self.step.placement.module, batch.inputs, self.config)
                 found = found if isinstance(found, tuple) else (found,)
                 if len(mine):
                     loss = self.step.loss_function(found if len(found) > 1 else found[0], batch.targets, self.config)
-                    sums += torch.stack(loss).double()
-                parts = self._gathered(tuple(f[: len(mine)].cpu().numpy() for f in found))
+                    sums += torch.stack(loss).double() / self.layout.copies
+                count = len(mine) if self.layout.first_of_copies else 0
+                parts = self._gathered(tuple(spatial.whole(f)[:count].cpu().numpy() for f in found))
                 outputs += [tuple(map(np.concatenate, zip(*parts, strict=True)))] if parts else []
-        if self.layout.samples is not None:
-            dist.all_reduce(sums, group=self.layout.samples)
+        if self.layout.summed is not None:
+            dist.all_reduce(sums, group=self.layout.summed)
         scores = {"loss": float(sums[0] / sums[1])}
         if self.processes.is_main:
             names = [spec.name for spec in self.application.outputs(self.config)]
@@ -59,7 +61,7 @@ class Evaluation:
 
     def _gathered(self, mine: tuple[npt.NDArray[Any], ...]) -> list[tuple[npt.NDArray[Any], ...]]:
         """All shares, in the order of the samples, on the main process."""
-        group = self.layout.samples
+        group = self.layout.summed
         if group is None:
             return [mine] if self.processes.is_main else []
         root = dist.get_global_rank(group, 0)

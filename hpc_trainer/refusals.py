@@ -19,12 +19,20 @@ OTHER_NORM = "set model.norm=ghost or model.norm=group"
 
 def refuse_arrangement(config: Any, sizes: Mapping[str, int]) -> None:
     """What the launching process can refuse already."""
-    name = config.optimizer.name
-    if sizes["shard"] > 1 and name not in ELEMENTWISE:
+    name, pretrain = config.optimizer.name, config.pretrain
+    cut = sizes["shard"] > 1 or (sizes["spatial"] > 1 and pretrain.parallel != "ddp")
+    if cut and name not in ELEMENTWISE:
         raise ConfigError(
             f"optimizer.name = {name!r} needs whole parameters, which sharding cuts",
             remedy=f"set pretrain.parallel=ddp, or one of {', '.join(ELEMENTWISE)}",
         )
+    if sizes["spatial"] > 1 and name == "kfac":
+        raise ConfigError(
+            "optimizer.name = 'kfac' measures whole activations, which spatial parallelism cuts",
+            remedy="choose another optimiser, or no spatial dimension in pretrain.mesh",
+        )
+    if sizes["spatial"] > 1 and pretrain.compile:
+        raise ConfigError("pretrain.compile and a spatial dimension in pretrain.mesh exclude each other")
 
 
 def refuse_what_breaks_integrity(

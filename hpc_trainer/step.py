@@ -48,7 +48,7 @@ class Batches:
         self.application, self.config, self.data, self.seed = application, config, data, seed
         self.augment = application.augment_function()
         self.unit = GHOST_BATCH if config.model.norm == "ghost" else 1
-        largest = largest_share(config.pretrain.batch_size, layout.world, self.unit)
+        largest = largest_share(config.pretrain.batch_size, layout.shares, self.unit)
         self.size = config.pretrain.micro_batch or largest
         self.count = -(-largest // self.size)
 
@@ -115,7 +115,7 @@ class Step:
 
     def _total(self, sums: Tensor) -> None:
         with self.phase(phases.COMMUNICATION):
-            self.recipe.total(sums, self.placement.layout.samples)
+            self.recipe.total(sums, self.placement.layout.summed)
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(numerator, denominator) of one micro-batch; zeros for one without samples."""
@@ -125,7 +125,8 @@ class Step:
             numerator, denominator = self.loss_function(outputs, batch.targets, self.config)
         if batch.real == 0:
             return numerator * 0.0, denominator * 0.0
-        return numerator, denominator
+        copies = self.placement.layout.copies
+        return (numerator, denominator) if copies == 1 else (numerator / copies, denominator / copies)
 
     def _settle_ghosts(self) -> None:
         """Running statistics of ghost batch norm: one sum over processes for all layers."""
@@ -135,7 +136,7 @@ class Step:
             g.weight.new_zeros(2 * g.num_features + 1, dtype=torch.float64) if g.pending is None else g.pending
             for g in self.ghosts
         ]
-        found = global_sum(torch.cat(parts), self.placement.layout.samples)
+        found = global_sum(torch.cat(parts), self.placement.layout.summed)
         for ghost, part in zip(self.ghosts, found.split([len(p) for p in parts]), strict=True):
             ghost.pending = part
             ghost.settle()

@@ -86,13 +86,13 @@ class Trainer:
         self.processes, self.seed, self.dtype = processes, seed, dtype
         self.recipe, self.phase, self.stop_asked = recipe, phase, stop_asked
         self.on_epoch, self.on_step, self.on_gradients = on_epoch, on_step, on_gradients
-        self.layout = arrange(config.pretrain, processes.rank, processes.world)
+        self.layout = arrange(config.pretrain, processes.rank, processes.world, processes.device.type)
         self.batches = Batches(application, config, data.train, self.layout, seed)
         self.model: nn.Module = application.build_model(config).to(device=processes.device, dtype=dtype)
         refuse_what_breaks_integrity(self.model, config, self.layout, self.batches.count, dtype)
-        recipe.synchronise(key_dropout(self.model), self.layout.samples)
+        recipe.synchronise(key_dropout(self.model), self.layout.summed)
         self.placement = place(self.model, config, self.layout)
-        self.optimizer = build_optimizer(self.model, config.optimizer, self.layout.samples)
+        self.optimizer = build_optimizer(self.model, config.optimizer, self.layout.summed)
         self.base_lr = config.pretrain.lr or config.optimizer.lr
         self.average = ModelAverage(config.pretrain.average_last, config.pretrain.epochs)
         self.one_step = Step(application, config, self.placement, recipe, phase)
@@ -139,8 +139,8 @@ class Trainer:
             self.config.pretrain.batch_size,
             seed=self.seed,
             epoch=epoch,
-            rank=self.layout.rank,
-            world=self.layout.world,
+            rank=self.layout.share,
+            world=self.layout.shares,
             unit=self.batches.unit,
             start=self.progress.step,
         )

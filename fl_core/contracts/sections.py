@@ -121,7 +121,10 @@ class PretrainConfig:
         0, low=0, help="samples of a process's share computed at once, gradients add up; 0 = the whole share"
     )
     parallel: str = choice("ddp", *PARALLEL, help="what all processes do where mesh is empty")
-    mesh: str = text("", help="processes in each dimension, such as replicate=2,shard=2; empty = all of parallel's")
+    mesh: str = text("", help="processes in each dimension, such as data=2,spatial=2; the rest is parallel's")
+    spatial_axis: int = number(
+        2, low=1, high=5, help="axis of the model's inputs that spatial processes share; 2: N, C, here"
+    )
     precision: str = choice("full", "full", "bf16", help="bf16: automatic mixed precision, parameters stay float32")
     activation_checkpointing: bool = flag(False, help="recompute activations in the backward pass: memory for time")
     compile: bool = flag(False, help="torch.compile")

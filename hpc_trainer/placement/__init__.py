@@ -10,6 +10,7 @@ from hpc_trainer.layout import Layout
 from hpc_trainer.placement.base import Placement
 from hpc_trainer.placement.blocks import recompute_activations
 from hpc_trainer.placement.sharded import Sharded
+from hpc_trainer.spatial import split_space
 
 
 def place(model: nn.Module, config: Any, layout: Layout) -> Placement:
@@ -18,4 +19,7 @@ def place(model: nn.Module, config: Any, layout: Layout) -> Placement:
         recompute_activations(model)
     if config.pretrain.compile:
         model.compile()
-    return Sharded(model, layout) if layout.is_split("shard") else Placement(model, layout)
+    if layout.spatial is not None:
+        axis = config.pretrain.spatial_axis
+        split_space(model, layout.spatial, axis=axis, batch=layout.summed, samples=layout.samples)
+    return Sharded(model, layout) if layout.sharded else Placement(model, layout)

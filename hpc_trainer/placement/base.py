@@ -41,10 +41,10 @@ class Placement:
 
     def _wrapped(self) -> nn.Module:
         """DDP over all processes whose gradients add up; the model itself in a group of one."""
-        if self.layout.samples is None:
+        if self.layout.summed is None:
             return self.model
-        wrapped = DistributedDataParallel(self.model, process_group=self.layout.samples, broadcast_buffers=False)
-        wrapped.register_comm_hook(self.layout.samples, sum_gradients)
+        wrapped = DistributedDataParallel(self.model, process_group=self.layout.summed, broadcast_buffers=False)
+        wrapped.register_comm_hook(self.layout.summed, sum_gradients)
         return wrapped
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:

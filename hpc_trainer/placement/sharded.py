@@ -21,7 +21,7 @@ SMALLEST = 2**16  # elements: smaller blocks travel with the model's root
 
 
 class Sharded(Placement):
-    """Cut over ``shard``; whole copies along ``replicate`` and ``data``. Gradients are summed over all of them."""
+    """Cut over ``shard`` and ``spatial``; whole copies along ``replicate`` and ``data``. Gradients are summed over all."""
 
     def _wrapped(self) -> nn.Module:
         mesh = self._mesh()
@@ -36,8 +36,9 @@ class Sharded(Placement):
 
     def _mesh(self) -> DeviceMesh:
         device = next(self.model.parameters()).device.type
-        copies = self.layout.sizes["replicate"] * self.layout.sizes["data"]
-        shape, names = (self.layout.sizes["shard"],), ("shard",)
+        sizes = self.layout.sizes
+        copies = sizes["replicate"] * sizes["data"]
+        shape, names = (sizes["shard"] * sizes["spatial"],), ("shard",)
         if copies > 1:
             return init_device_mesh(device, (copies, *shape), mesh_dim_names=("replicate", *names))
         return init_device_mesh(device, shape, mesh_dim_names=names)

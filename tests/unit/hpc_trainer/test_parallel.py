@@ -15,7 +15,7 @@ from fl_core.learning.application import application
 from hpc_trainer.verify import RECORD, compare, settings_of
 from tests.helpers import run_python
 
-TOY, LEAF = "toy_regression", "plant_disease"
+TOY, LEAF, VOLUME = "toy_regression", "plant_disease", "seismic_facies"
 WIDE = ("model.hidden=512", "data.features=200", "optimizer.name=adamw", "optimizer.clip_norm=0.5", "model.norm=group")
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ddp, batch norm": (TOY, ()),
@@ -28,10 +28,25 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("pretrain.parallel=fsdp", "model.norm=group", "pretrain.micro_batch=3", "optimizer.clip_norm=0.5"),
     ),
     "fsdp, checkpointing": (LEAF, ("pretrain.parallel=fsdp", "pretrain.activation_checkpointing=true")),
+    "spatial, batch norm, a volume": (VOLUME, ("pretrain.mesh=spatial=2",)),
+    "spatial, clipped AdamW, accumulation, recomputation, an image": (
+        LEAF,
+        (
+            *("pretrain.mesh=spatial=2", "model.norm=group", "pretrain.micro_batch=3", "optimizer.name=adamw"),
+            *("optimizer.clip_norm=0.5", "pretrain.activation_checkpointing=true"),
+        ),
+    ),
+    "spatial, sharded": (LEAF, ("pretrain.mesh=spatial=2", "pretrain.parallel=fsdp", "model.norm=ghost")),
     "hsdp": (TOY, ("pretrain.parallel=hsdp", *WIDE)),
+    "spatial by four": (VOLUME, ("pretrain.mesh=spatial=4", "model.norm=ghost")),
+    "spatial by four, designs": ("topology_optimisation", ("pretrain.mesh=spatial=4", "data.iterations=1")),
 }
 EPOCHS = "pretrain.epochs=5"
-NEEDS_FOUR = ("hsdp",)
+QUICK = (
+    *("ddp, accumulated ghost batches", "fsdp, accumulation"),
+    *("spatial, batch norm, a volume", "spatial, sharded"),
+)
+NEEDS_FOUR = ("hsdp", "spatial by four", "spatial by four, designs")
 
 
 def specification(name: str) -> dict[str, Any]:
@@ -73,6 +88,12 @@ def check(names: list[str], world: int, root: Path) -> None:
     assert {n: (c.error, c.deviations, c.worst) for n, c in found.items() if not c.within(1e-12)} == {}
 
 
+@pytest.mark.timeout(300)
+def test_two_processes_in_some_arrangements(tmp_path: Path) -> None:
+    check(list(QUICK), 2, tmp_path)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_in_every_arrangement(tmp_path: Path) -> None:
     check([n for n in CASES if n not in NEEDS_FOUR], 2, tmp_path)

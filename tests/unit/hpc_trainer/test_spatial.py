@@ -1,0 +1,93 @@
+"""Layers on cut volumes equal those on whole ones, whatever their windows and wherever the cuts are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fl_core.contracts.errors import ConfigError
+from fl_core.learning.application import application
+from hpc_trainer.layout import mesh_sizes
+from hpc_trainer.refusals import refuse_arrangement
+from tests.helpers import run_python
+
+RANKS = Path(__file__).with_name("spatial_ranks.py")
+
+
+def together(world: int, tmp_path: Path) -> dict[str, Any]:
+    done = run_python(
+        [
+            *("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
+            *("--nproc-per-node", str(world), str(RANKS), str(tmp_path / "found.json")),
+        ],
+        environment={"OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
+    return found
+
+
+def check(world: int, tmp_path: Path) -> None:
+    found = together(world, tmp_path)
+    assert len(found["deviations"]) > 50
+    assert {name: d for name, d in found["deviations"].items() if d > 1e-12} == {}
+    assert found["rows"] < 1e-12
+    for name, said in found["refused"].items():
+        assert said.startswith("layer '1': "), (name, said)
+
+
+@pytest.mark.timeout(300)
+def test_every_layer_on_two_processes(tmp_path: Path) -> None:
+    check(2, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("world", [3, 4])
+def test_every_layer_on_more_processes(world: int, tmp_path: Path) -> None:
+    check(world, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "mesh", "world", "expected"),
+    [
+        ("ddp", "spatial=2", 4, {"data": 2, "spatial": 2}),
+        ("fsdp", "spatial=2", 2, {"spatial": 2}),
+        ("fsdp", "replicate=2", 4, {"replicate": 2, "shard": 2}),
+        ("hsdp", "", 4, {"replicate": 2, "shard": 2}),
+        ("ddp", "data=2,spatial=2", 1, {}),
+        ("ddp", "", 3, {"data": 3}),
+    ],
+)
+def test_the_rest_of_the_processes_is_what_parallel_says(
+    parallel: str, mesh: str, world: int, expected: dict[str, int]
+) -> None:
+    config = application("toy_regression").configure([f"pretrain.parallel={parallel}", f"pretrain.mesh={mesh}"])
+    found = mesh_sizes(config.pretrain, world)
+    assert {k: v for k, v in found.items() if v > 1} == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "world", "message"),
+    [
+        ("spatial=3", 4, "multiples of 3 processes, 4 were started"),
+        ("data=2,spatial=1", 4, "made for 2 processes, 4"),
+        ("depth=2", 4, "'depth=2' is not a dimension.*\n.*spatial"),
+        ("spatial=0", 4, "not a dimension with its size"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh: str, world: int, message: str) -> None:
+    config = application("toy_regression").configure([f"pretrain.mesh={mesh}"])
+    with pytest.raises(ConfigError, match=message):
+        mesh_sizes(config.pretrain, world)
+
+
+@pytest.mark.parametrize("override", ["optimizer.name=kfac", "pretrain.compile=true"])
+def test_what_does_not_go_with_cut_volumes_is_refused_before_the_start(override: str) -> None:
+    config = application("seismic_facies").configure(["pretrain.mesh=spatial=2", override])
+    with pytest.raises(ConfigError, match="spatial"):
+        refuse_arrangement(config, mesh_sizes(config.pretrain, 2))
