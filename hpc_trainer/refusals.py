@@ -20,19 +20,31 @@ OTHER_NORM = "set model.norm=ghost or model.norm=group"
 def refuse_arrangement(config: Any, sizes: Mapping[str, int]) -> None:
     """What the launching process can refuse already."""
     name, pretrain = config.optimizer.name, config.pretrain
-    cut = sizes["shard"] > 1 or (sizes["spatial"] > 1 and pretrain.parallel != "ddp")
+    spatial, tensor, whole = sizes["spatial"] > 1, sizes["tensor"] > 1, pretrain.parallel == "ddp"
+    cut = sizes["shard"] > 1 or tensor or (spatial and not whole)
     if cut and name not in ELEMENTWISE:
         raise ConfigError(
-            f"optimizer.name = {name!r} needs whole parameters, which sharding cuts",
-            remedy=f"set pretrain.parallel=ddp, or one of {', '.join(ELEMENTWISE)}",
+            f"optimizer.name = {name!r} needs whole parameters, which {'tensor parallelism' if tensor else 'sharding'} cuts",
+            remedy=f"set pretrain.parallel=ddp without a tensor dimension, or one of {', '.join(ELEMENTWISE)}",
         )
-    if sizes["spatial"] > 1 and name == "kfac":
+    if spatial and name == "kfac":
         raise ConfigError(
             "optimizer.name = 'kfac' measures whole activations, which spatial parallelism cuts",
             remedy="choose another optimiser, or no spatial dimension in pretrain.mesh",
         )
-    if sizes["spatial"] > 1 and pretrain.compile:
-        raise ConfigError("pretrain.compile and a spatial dimension in pretrain.mesh exclude each other")
+    for dimension in ("spatial", "tensor"):
+        if sizes[dimension] > 1 and pretrain.compile:
+            raise ConfigError(f"pretrain.compile and a {dimension} dimension in pretrain.mesh exclude each other")
+    if tensor and spatial:
+        raise ConfigError(
+            "pretrain.mesh: tensor and spatial exclude each other",
+            remedy="cut volumes (spatial) where activations are too large, and shard parameters with pretrain.parallel=fsdp",
+        )
+    if tensor and not whole:
+        raise ConfigError(
+            f"pretrain.parallel = {pretrain.parallel!r} and a tensor dimension in pretrain.mesh exclude each other",
+            remedy="set pretrain.parallel=ddp, or leave tensor out: fsdp cuts parameters too",
+        )
 
 
 def refuse_what_breaks_integrity(

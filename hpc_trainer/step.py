@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fl_core.learning import seeding
@@ -115,7 +116,10 @@ class Step:
 
     def _total(self, sums: Tensor) -> None:
         with self.phase(phases.COMMUNICATION):
-            self.recipe.total(sums, self.placement.layout.summed)
+            layout = self.placement.layout
+            self.recipe.total(sums, layout.summed)
+            if layout.tensor is not None:  # the same losses; but one process may have been told to stop
+                dist.all_reduce(sums[2:], group=layout.tensor)
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """(numerator, denominator) of one micro-batch; zeros for one without samples."""

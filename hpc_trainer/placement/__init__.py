@@ -9,6 +9,7 @@ from torch import nn
 from hpc_trainer.layout import Layout
 from hpc_trainer.placement.base import Placement
 from hpc_trainer.placement.blocks import recompute_activations
+from hpc_trainer.placement.channels import Channelled
 from hpc_trainer.placement.sharded import Sharded
 from hpc_trainer.spatial import split_space
 
@@ -22,4 +23,6 @@ def place(model: nn.Module, config: Any, layout: Layout) -> Placement:
     if layout.spatial is not None:
         axis = config.pretrain.spatial_axis
         split_space(model, layout.spatial, axis=axis, batch=layout.summed, samples=layout.samples)
+    if layout.tensor is not None:
+        return Channelled(model, layout)
     return Sharded(model, layout) if layout.sharded else Placement(model, layout)

@@ -37,7 +37,17 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "spatial, sharded": (LEAF, ("pretrain.mesh=spatial=2", "pretrain.parallel=fsdp", "model.norm=ghost")),
+    "tensor, batch norm between a pair": (VOLUME, ("pretrain.mesh=tensor=2",)),
+    "tensor, clipped AdamW, accumulation, recomputation": (
+        LEAF,
+        (
+            *("pretrain.mesh=tensor=2", "model.norm=group", "pretrain.micro_batch=3", "optimizer.name=adamw"),
+            *("optimizer.clip_norm=0.5", "pretrain.activation_checkpointing=true"),
+        ),
+    ),
+    "tensor, ghost norm": (TOY, ("pretrain.mesh=tensor=2", "model.norm=ghost", "model.hidden=17")),
     "hsdp": (TOY, ("pretrain.parallel=hsdp", *WIDE)),
+    "tensor by four": (VOLUME, ("pretrain.mesh=tensor=4", "model.norm=group")),
     "spatial by four": (VOLUME, ("pretrain.mesh=spatial=4", "model.norm=ghost")),
     "spatial by four, designs": ("topology_optimisation", ("pretrain.mesh=spatial=4", "data.iterations=1")),
 }
@@ -45,8 +55,9 @@ EPOCHS = "pretrain.epochs=5"
 QUICK = (
     *("ddp, accumulated ghost batches", "fsdp, accumulation"),
     *("spatial, batch norm, a volume", "spatial, sharded"),
+    "tensor, batch norm between a pair",
 )
-NEEDS_FOUR = ("hsdp", "spatial by four", "spatial by four, designs")
+NEEDS_FOUR = ("hsdp", "tensor by four", "spatial by four", "spatial by four, designs")
 
 
 def specification(name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Layers on cut volumes equal those on whole ones, whatever their windows and wherever the cuts are."""
+"""Layers on cut volumes, and cut layers, equal whole ones, whatever their windows and wherever the cuts are."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_trainer.layout import mesh_sizes
 from hpc_trainer.refusals import refuse_arrangement
 from tests.helpers import run_python
 
-RANKS = Path(__file__).with_name("spatial_ranks.py")
+RANKS = Path(__file__).with_name("layer_ranks.py")
 
 
 def together(world: int, tmp_path: Path) -> dict[str, Any]:
@@ -35,6 +35,8 @@ def check(world: int, tmp_path: Path) -> None:
     found = together(world, tmp_path)
     assert len(found["deviations"]) > 50
     assert {name: d for name, d in found["deviations"].items() if d > 1e-12} == {}
+    assert len(found["channels"]) > 10
+    assert {name: d for name, d in found["channels"].items() if d > 1e-12} == {}
     assert found["rows"] < 1e-12
     for name, said in found["refused"].items():
         assert said.startswith("layer '1': "), (name, said)
@@ -86,8 +88,18 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh: str, world: int, message: str
         mesh_sizes(config.pretrain, world)
 
 
-@pytest.mark.parametrize("override", ["optimizer.name=kfac", "pretrain.compile=true"])
-def test_what_does_not_go_with_cut_volumes_is_refused_before_the_start(override: str) -> None:
-    config = application("seismic_facies").configure(["pretrain.mesh=spatial=2", override])
-    with pytest.raises(ConfigError, match="spatial"):
-        refuse_arrangement(config, mesh_sizes(config.pretrain, 2))
+@pytest.mark.parametrize(
+    ("mesh", "override", "message"),
+    [
+        ("spatial=2", "optimizer.name=kfac", "spatial"),
+        ("spatial=2", "pretrain.compile=true", "spatial"),
+        ("tensor=2", "pretrain.compile=true", "tensor"),
+        ("tensor=2", "optimizer.name=lamb", "tensor parallelism cuts"),
+        ("tensor=2", "pretrain.parallel=fsdp", "tensor.*exclude each other"),
+        ("tensor=2,spatial=2", "pretrain.parallel=ddp", "tensor and spatial exclude"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_the_start(mesh: str, override: str, message: str) -> None:
+    config = application("seismic_facies").configure([f"pretrain.mesh={mesh}", override])
+    with pytest.raises(ConfigError, match=message):
+        refuse_arrangement(config, mesh_sizes(config.pretrain, 4))

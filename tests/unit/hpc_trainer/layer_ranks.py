@@ -1,4 +1,4 @@
-"""One rank of the layer-by-layer comparison of cut with whole volumes, started under torchrun: ``spatial_ranks.py OUT.json``.
+"""One rank of the layer-by-layer comparison of cut volumes and cut layers with whole ones, under torchrun: ``layer_ranks.py OUT.json``.
 
 Each process computes the whole by itself and its rows together with the others; outputs, input and parameter gradients are
 held against each other in float64.
@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from fl_core.contracts.errors import ConfigError
 from fl_core.learning.normalization import GhostBatchNorm
+from hpc_trainer.placement.channels import cut_of, split_channels
 from hpc_trainer.processes import join
 from hpc_trainer.spatial import split_space, whole
 from hpc_trainer.spatial.exchange import Split, rows
@@ -167,6 +168,76 @@ def compared(model: nn.Module, shape: tuple[int, ...], group: Any) -> float:
     return worst
 
 
+def cut_layers() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """For tensor parallelism."""
+    box = (2, 4, 5, 4, 3)
+    return {
+        "linear": (nn.Linear(3, 7), (2, 5, 3)),
+        "linear pair": (
+            nn.Sequential(nn.Linear(3, 12), nn.GELU(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 2)),
+            (4, 3),
+        ),
+        "conv1d": (nn.Conv1d(3, 5, 3, padding=1), (2, 3, 7)),
+        "conv2d": (nn.Conv2d(3, 9, 3, stride=2), (2, 3, 7, 7)),
+        "conv3d": (nn.Conv3d(4, 6, 3, padding=1, bias=False), box),
+        "transposed": (nn.ConvTranspose3d(4, 6, 2, stride=2), box),
+        "grouped": (nn.Conv3d(4, 8, 3, groups=4), box),
+        "grouped, not by processes": (nn.Sequential(nn.Conv3d(4, 15, 1), nn.Conv3d(15, 10, 3, groups=5)), box),
+        "grouped, transposed": (nn.ConvTranspose3d(4, 8, 3, groups=4), box),
+        "fewer channels than processes": (nn.Conv3d(4, 1, 1), box),
+        "pair, group norm": (
+            nn.Sequential(nn.Conv3d(4, 24, 3), nn.GroupNorm(12, 24), nn.ReLU(), nn.Conv3d(24, 4, 1)),
+            box,
+        ),
+        "pair, group norm of one group": (
+            nn.Sequential(nn.Conv3d(4, 24, 3), nn.GroupNorm(1, 24), nn.Conv3d(24, 4, 1)),
+            box,
+        ),
+        "pair, pooling": (
+            nn.Sequential(nn.Conv3d(4, 12, 3, padding=1), nn.MaxPool3d(2), nn.ConvTranspose3d(12, 4, 2, 2)),
+            box,
+        ),
+        "pair, transposed": (
+            nn.Sequential(nn.ConvTranspose3d(4, 12, 2), nn.SiLU(), nn.Conv3d(12, 4, 2, bias=False)),
+            box,
+        ),
+        "pair, batch norm": (
+            nn.Sequential(
+                nn.Conv3d(4, 12, 3), nn.BatchNorm3d(12), nn.ReLU(inplace=True), nn.Conv3d(12, 4, 1), nn.Conv3d(4, 4, 1)
+            ),
+            box,
+        ),
+    }
+
+
+def compared_channels(model: nn.Module, shape: tuple[int, ...], group: Any) -> float:
+    torch.manual_seed(1)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    again = x.detach().clone().requires_grad_()
+    twin = copy.deepcopy(model)
+    expected = twin(x)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    found = split_channels(model, group)(again)
+    (found * weight).sum().backward()
+    pairs = [(found, expected), (again.grad, x.grad)]
+    for mine, other in [
+        *zip(model.parameters(), twin.parameters(), strict=True),
+        *zip(model.buffers(), twin.buffers(), strict=True),
+    ]:
+        cut = cut_of(mine)
+        pairs.append((mine, other if cut is None else cut.of(other)))
+        if other.grad is not None:
+            pairs.append((mine.grad, other.grad if cut is None else cut.of(other.grad)))
+    worst = 0.0
+    for a, b in pairs:
+        assert a is not None
+        assert b is not None
+        assert a.shape == b.shape, (a.shape, b.shape)
+        worst = max(worst, float((a - b).abs().max()) / max(1.0, float(b.abs().max())))
+    return worst
+
+
 def random_rows(draws: int) -> float:
     """Any cut to any ranges, overlapping and outside; and the adjoint: <rows(x), y> = <x, rows'(y)>, over all processes."""
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
@@ -225,12 +296,14 @@ def main() -> None:
     processes = join()
     try:
         found: dict[str, Any] = {}
-        for name, (model, shape) in cases().items():
-            try:
-                found[name] = compared(model.double(), shape, dist.group.WORLD)
-            except Exception as error:
-                raise RuntimeError(name) from error
-        document = {"deviations": found, "refused": refused(), "rows": random_rows(60)}
+        channels: dict[str, float] = {}
+        for made, compare, table in ((cases(), compared, found), (cut_layers(), compared_channels, channels)):
+            for name, (model, shape) in made.items():
+                try:
+                    table[name] = compare(model.double(), shape, dist.group.WORLD)
+                except Exception as error:
+                    raise RuntimeError(name) from error
+        document = {"deviations": found, "channels": channels, "refused": refused(), "rows": random_rows(60)}
         if processes.is_main:
             Path(sys.argv[1]).write_text(json.dumps(document))
     finally:
