@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from applications.driver_attention.config import VIEWS
 from fl_core.learning.application import application
 from fl_core.learning.partition import split_clients
 from fl_core.learning.sources import data_folder, open_data
@@ -30,14 +31,27 @@ T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # Student's t, two-sided 95 %, by
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """rounds: of the federation; presets: further rows, pooled, row -> preset of the application."""
+    """rounds: of the federation; presets: further rows, pooled, row -> preset of the application.
+
+    conditions: further rows of the pooled and the federated model, row -> overrides under which it is judged again.
+    """
 
     rounds: int = 20
     presets: dict[str, str] = field(default_factory=dict)
+    conditions: dict[str, str] = field(default_factory=dict)
 
 
 PLANS = {
     "driver_conflict": Plan(rounds=100),
+    "driver_attention": Plan(
+        rounds=40,
+        conditions={
+            **{f"without {view}": f'data.missing_views=["{view}"]' for view in VIEWS},
+            **{f"{view} alone": f"data.missing_views={json.dumps([v for v in VIEWS if v != view])}" for view in VIEWS},
+            "kinematics alone": f"data.missing_views={json.dumps(list(VIEWS))}",
+            "without kinematics": "data.missing_kinematics=true",
+        },
+    ),
     "plant_disease": Plan(rounds=10),
     "topology_optimisation": Plan(rounds=10),
     "seismic_facies": Plan(rounds=20, presets={"2-D twin": "twin"}),
@@ -78,33 +92,41 @@ def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> Non
     if cell == "floor":
         found = floors(name, data[1], seed)
     elif cell == "federated":
-        found = federated(name, work, rounds, common, seed)
+        found = federated(name, work, rounds, common, seed, plan)
     else:
-        found = {cell: pooled(name, work, [*common, "--preset", plan.presets.get(cell, "default")], seed)}
+        found = pooled(name, work, [*common, "--preset", plan.presets.get(cell, "default")], seed, cell, plan)
     document = {"application": name, "seed": seed, "rounds": rounds, "data": data[1], "variants": found}
     atomic.write_json(path, document)
     shutil.rmtree(work)
 
 
-def pooled(name: str, out: Path, common: list[str], seed: int) -> dict[str, Any]:
+def pooled(name: str, out: Path, common: list[str], seed: int, row: str, plan: Plan) -> Variants:
     call("pretrain", name, "--out", str(out / "pooled"), *common)
-    return judged(out / "pooled", common, seed)
+    return judged_under(out / "pooled", common, seed, row, plan)
 
 
-def federated(name: str, out: Path, rounds: int, common: list[str], seed: int) -> Variants:
+def federated(name: str, out: Path, rounds: int, common: list[str], seed: int, plan: Plan) -> Variants:
     call("pretrain", name, "--out", str(out / "centre"), *common, "--set", "pretrain.client_share=0.3")
     begin = ["--from", str(out / "centre"), "--rounds", str(rounds)]
     call("simulate", name, *begin, "--out", str(out / "global"), *common)
     if not (out / "bundle").is_dir():  # it is there as a whole, or not at all
         call("export", str(out / "global"), "--out", str(out / "bundle"))
-    rows = {"centre only": "centre", "federated": "global", "on the device": "bundle"}
-    return {row: judged(out / folder, common, seed) for row, folder in rows.items()}
+    rows = {"centre only": "centre", "on the device": "bundle"}
+    found = {row: judged(out / folder, common, seed) for row, folder in rows.items()}
+    return found | judged_under(out / "global", common, seed, "federated", plan)
 
 
-def judged(model: Path, common: list[str], seed: int) -> dict[str, Any]:
+def judged_under(model: Path, common: list[str], seed: int, row: str, plan: Plan) -> Variants:
+    found = {row: judged(model, common, seed)}
+    for name, override in plan.conditions.items():
+        found[f"{row}, {name}"] = judged(model, common, seed, "--set", override)
+    return found
+
+
+def judged(model: Path, common: list[str], seed: int, *more: str) -> dict[str, Any]:
     """The groups of clients that training never saw."""
     data = common[common.index("--data") : common.index("--data") + 2]
-    document = call("evaluate", str(model), *data, "--seed", str(seed))
+    document = call("evaluate", str(model), *data, "--seed", str(seed), *more)
     return {k: v for k, v in document["groups"].items() if k.endswith(UNSEEN)}
 
 

@@ -31,6 +31,7 @@ def add_commands(subparsers: Subparsers) -> None:
     parser.add_argument("--app", metavar="APP", help="the application (default: the one in the manifest)")
     parser.add_argument("--target", metavar="TARGET", help="of a bundle: the edge target (default: the first)")
     parser.add_argument("--predictions", type=Path, metavar="FILE.csv", help="write one row an example")
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help="write the scores and pictures as a page")
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -69,6 +70,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
     }
     if args.predictions:
         write_predictions(args.predictions, app, config, outputs, examples)
+    if args.report:
+        write_report(args.report, document, app, config, outputs, examples)
     emit(args, document, lambda: print_table(document, app))
     return 0
 
@@ -133,6 +136,36 @@ def write_predictions(
     atomic.write_bytes(path, out.getvalue().encode())
 
 
+def write_report(
+    path: Path,
+    document: dict[str, Any],
+    app: Application,
+    config: Any,
+    outputs: dict[str, npt.NDArray[Any]],
+    examples: Examples,
+) -> None:
+    """Scores of all examples and of each group, then the application's own pictures of inputs, predictions and errors."""
+    from fl_core.report.page import Page
+
+    page = Page(f"fieldfleet: {app.title}", f"{app.summary} Model: {document['model']}; data: {document['data']}.")
+    names = list(document["metrics"])
+    page.section("Scores").table(
+        ["group", "examples", *names],
+        [[name, row["num_examples"], *map(row["metrics"].get, names)] for name, row in score_rows(document).items()],
+    )
+    draw = app.pictures_function()
+    if draw is not None:
+        page.section("Inputs, predictions and errors")
+        for picture, caption in draw(config, outputs, examples):
+            page.picture(picture, caption)
+    page.write(path)
+
+
+def score_rows(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Row -> its number of examples and metrics: all of them, then each group."""
+    return {"all": {"num_examples": document["num_examples"], "metrics": document["metrics"]}, **document["groups"]}
+
+
 def print_table(document: dict[str, Any], app: Application) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -141,8 +174,7 @@ def print_table(document: dict[str, Any], app: Application) -> None:
     table = Table(title=f"{document['application']}: {document['model']} on {document['data']}")
     for heading in ("group", "examples", *names):
         table.add_column(heading, justify="left" if heading == "group" else "right")
-    rows = {"all": {"num_examples": document["num_examples"], "metrics": document["metrics"]}, **document["groups"]}
-    for name, row in rows.items():
+    for name, row in score_rows(document).items():
         table.add_row(
             name, str(row["num_examples"]), *(f"{row['metrics'][m]:.4f}" if m in row["metrics"] else "-" for m in names)
         )

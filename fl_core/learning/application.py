@@ -48,6 +48,8 @@ class Application:
         or an ``Augmentation``, where the targets move with the inputs.
     floor: "module:attribute" of the classical methods to read the model's scores by:
       floor(config, train, test, *, seed) -> name -> outputs on ``test``, as the model would give them.
+    pictures: "module:attribute" of what a report shows beside the scores, inputs, predictions and errors; needs matplotlib:
+      pictures(config, outputs, examples) -> (PNG bytes, caption) of each, of at least one example.
     samples: how a device collects this application's data one by one; None = only whole data sets.
     verify: overrides under which ``fieldfleet verify-loss`` trains it: few data, uneven weights, a layer that normalises.
     """
@@ -72,6 +74,7 @@ class Application:
     loss: str | Callable[..., Any]
     augment: str | Callable[..., Any] = ""
     floor: str = ""
+    pictures: str | Callable[..., Any] = ""
     samples: SampleFormat | None = None
     verify: tuple[str, ...] = ()
 
@@ -86,6 +89,9 @@ class Application:
 
     def floor_function(self) -> Callable[..., dict[str, dict[str, npt.NDArray[Any]]]] | None:
         return resolve(self.floor) if self.floor else None
+
+    def pictures_function(self) -> Callable[..., list[tuple[bytes, str]]] | None:
+        return resolve(self.pictures) if self.pictures else None
 
     def presets(self) -> dict[str, Any]:
         """Name -> resource of each preset of this application."""

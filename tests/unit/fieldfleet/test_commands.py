@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,27 @@ def test_evaluate_prints_metrics_groups_and_predictions(simulated: Path, tmp_pat
     assert len({r["example_id"] for r in rows}) == len(rows) == 24
     truth, guess = (np.array([float(r[k]) for r in rows]) for k in ("label", "prediction"))
     assert float(np.mean((truth - guess) ** 2)) == pytest.approx(document["metrics"]["mean_squared_error"], rel=1e-6)
+
+
+def test_evaluate_writes_a_page_with_scores_and_the_pictures_of_the_application(
+    simulated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which examples the pictures are of is the application's business: it is handed all of them with their outputs."""
+    handed = []
+
+    def pictures(config: Any, outputs: Any, examples: Any) -> list[tuple[bytes, str]]:
+        handed.append((len(examples), {k: len(v) for k, v in outputs.items()}))
+        return [(b"PNG", "the <first> picture")]
+
+    app = application("toy_regression")
+    monkeypatch.setattr("fieldfleet.evaluate.application", lambda name: replace(app, pictures=pictures))
+    code, _, error = called(
+        "evaluate", simulated, "--data", "generated", *SMALL, "--report", tmp_path / "page.html", "--json"
+    )
+    assert code == 0, error
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert handed == [(24, {"value": 24})]
+    assert all(word in page for word in ("unseen_clients", "r2", "the &lt;first&gt; picture", "base64,UE5H"))
 
 
 def test_evaluate_prints_a_table_without_json(simulated: Path) -> None:

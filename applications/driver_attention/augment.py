@@ -1,0 +1,48 @@
+"""Augmentation in training only, keyed by the examples' seeds (never by rank or batch), blind to labels.
+
+Cameras and kinematics that are absent at random teach the model to do without any of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from applications.driver_attention.config import Config
+
+Array = npt.NDArray[Any]
+Seeds = npt.NDArray[np.uint64]
+
+
+def uniform(seeds: Seeds, draw: int) -> npt.NDArray[np.float64]:
+    """(N,) in [0, 1): number ``draw`` of N independent streams (SplitMix64)."""
+    z = seeds.astype(np.uint64) + np.uint64((0x9E3779B97F4A7C15 * (draw + 1)) % 2**64)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    result: npt.NDArray[np.float64] = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return result
+
+
+def augment(inputs: dict[str, Array], seeds: Seeds, config: Config) -> dict[str, Array]:
+    """frames (N, V, T, H, W) with other light, present (N, V, T) with absent views, kinematics (N, T, C) absent at times."""
+    d = config.data
+    present = np.array(inputs["present"], np.float32)
+    kinematics = np.array(inputs["kinematics"], np.float32)
+    frames: Array = np.array(inputs["frames"])
+    count, views = present.shape[:2]
+    stays = (uniform(seeds, 0) * views).astype(np.int64)
+    for view in range(views):
+        absent = (uniform(seeds, 1 + view) < d.drop_view) & (stays != view)
+        present[absent, view] = 0
+        gain = 1 + d.light * (2 * uniform(seeds, 10 + view) - 1)
+        shift = 60 * d.light * (2 * uniform(seeds, 20 + view) - 1)
+        table = np.arange(256) * gain[:, None] + shift[:, None]
+        table = np.clip(table, 0, 255).astype(np.uint8)
+        for i in range(count):
+            frames[i, view] = table[i][frames[i, view]] if present[i, view].any() else 0
+    frames[present == 0] = 0
+    kinematics[uniform(seeds, 30) < d.drop_kinematics] = np.nan
+    return {**inputs, "frames": frames, "present": present, "kinematics": kinematics}

@@ -1,0 +1,208 @@
+"""Traffic around one vehicle, many moments at once: what happens, what the driver sees of it, and how both end. SI units.
+
+Nothing here knows a label. A moment's events and the driver's eyes are drawn independently; the driver brakes and steers by
+what he saw one reaction time ago (Intelligent Driver Model: Treiber, Hennecke and Helbing, Phys. Rev. E 62, 2000), and a
+conflict is what then is measured: too little time to a collision (Hayward 1972), to a vehicle beside, or the lane left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from applications.driver_attention.driver import DROWSY, STEP_S, Eyes
+
+Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+LANE, WIDTH, LENGTH = 3.6, 1.8, 4.5  # m
+FAR = 1e4  # m: nobody is there
+STRONGEST = 8.0  # m/s2
+JERK = 18.0  # m/s3
+EVENTS = {"none": 0.14, "lead brakes": 0.24, "cut-in": 0.18, "drift": 0.18, "lane change": 0.26}
+CLOSE_TTC, SAFE_TTC = 1.5, 2.6  # s: a conflict at the first, ordinary traffic from the second on
+CLOSE_SIDE, SAFE_SIDE = 1.2, 2.6  # s to the side of another vehicle
+TOUCHING, CLEAR = 0.35, 0.75  # m beside another vehicle
+OUT, WITHIN = 0.95, 0.6  # m from the lane's middle, not meaning to leave it
+MIRROR_STEPS = 25
+SLOWEST = 2.0  # m/s of closing speed that counts: creeping up to a queue is no conflict
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script:
+    """(n,) each: what is to happen at step ``at``, and the driver's habits."""
+
+    event: npt.NDArray[np.int64]  # of EVENTS
+    at: npt.NDArray[np.int64]
+    speed: Array
+    headway: Array
+    reaction: npt.NDArray[np.int64]  # steps
+    curvature: Array
+    lead: Mask  # whether somebody drives ahead at first
+    lead_braking: Array
+    lead_slows_to: Array  # share of its speed
+    push: Array  # m/s: how fast the road or the wind carries the vehicle aside, left positive
+    beside: Mask  # somebody is in the left lane near by
+    beside_x: Array  # m ahead of our middle when the event begins
+    beside_speed: Array  # m/s faster than we are, before the event
+    cuts_to: Array  # m/s faster than we are, from the event on
+    cut_speed: Array  # m/s aside
+    signals: Mask
+    checks: Mask  # looks into the mirror before a lane change
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """(n, S) each. y: of us from our lane's middle, left positive; heading: rad; lead_gap, beside_x: m ahead of our middle to
+    theirs, FAR = nobody; beside_y: like y; severity: 0 nothing to 1 conflict and more."""
+
+    speed: Array
+    acceleration: Array
+    y: Array
+    side_speed: Array
+    heading: Array
+    curvature: Array
+    travelled: Array
+    lead_gap: Array
+    lead_brakes: Mask
+    beside_x: Array
+    beside_y: Array
+    signal: Array
+    severity: Array
+
+    def take(self, rows: npt.NDArray[np.int64], steps: npt.NDArray[np.int64]) -> Scene:
+        """rows: (m,), steps: (m, T) -> the same with (m, T)."""
+        return replace(self, **{f.name: getattr(self, f.name)[rows[:, None], steps] for f in fields(self)})
+
+
+def draw(rng: np.random.Generator, count: int, warm_up: int) -> Script:
+    """``count`` moments of one driver."""
+    event = rng.choice(len(EVENTS), size=count, p=list(EVENTS.values()))
+    names = np.array(list(EVENTS))[event]
+    speed = rng.choice([11.0, 18.0, 27.0], size=count) * rng.uniform(0.8, 1.15, count)
+    cut, change = names == "cut-in", names == "lane change"
+    beside = np.where(change, rng.random(count) < 0.75, cut | (rng.random(count) < 0.35))
+    tight = rng.random(count) < 0.6
+    where = np.where(tight, rng.uniform(4.5, 9.0, count), rng.uniform(10.0, 30.0, count))
+    near = np.where(change, rng.uniform(-4.0, 4.5, count), rng.uniform(-25.0, 25.0, count))
+    habit = rng.uniform(0.9, 1.6)
+    return Script(
+        event=event,
+        at=warm_up + rng.integers(0, 20, count),
+        speed=speed,
+        headway=np.clip(habit * rng.uniform(0.8, 1.3, count), 0.7, 2.2),
+        reaction=rng.integers(4, 9, count),
+        curvature=np.where(rng.random(count) < 0.4, rng.normal(0, 1, count) * 1.2 / speed**2, 0.0),
+        lead=(names == "lead brakes") | (rng.random(count) < 0.6),
+        lead_braking=np.where(rng.random(count) < 0.3, rng.uniform(1.0, 2.5, count), rng.uniform(3.5, 7.5, count)),
+        lead_slows_to=rng.uniform(0.0, 0.5, count),
+        push=np.where(names == "drift", rng.choice([-1, 1], size=count) * rng.uniform(0.45, 1.0, count), 0.0),
+        beside=beside,
+        beside_x=np.where(cut, where, near),
+        beside_speed=np.where(cut, rng.uniform(1.5, 6.0, count), np.where(change, rng.uniform(-0.8, 0.8, count), rng.uniform(-4.0, 6.0, count))),
+        cuts_to=np.where(tight, -rng.uniform(3.0, 8.0, count), rng.uniform(-1.0, 3.0, count)),
+        cut_speed=rng.uniform(1.1, 2.0, count),
+        signals=rng.random(count) < 0.85,
+        checks=rng.random(count) < 0.45,
+    )  # fmt: skip
+
+
+def is_event(script: Script, name: str) -> Mask:
+    return np.asarray(script.event == list(EVENTS).index(name))
+
+
+def idm(speed: Array, desired: Array, gap: Array, closing: Array, headway: Array) -> Array:
+    """The Intelligent Driver Model's acceleration (m/s2) with 1.6 m/s2 at most and comfortable braking of 2.2 m/s2."""
+    wanted = 2.0 + np.maximum(0.0, speed * headway + speed * closing / (2 * np.sqrt(1.6 * 2.2)))
+    result: Array = 1.6 * (1 - np.minimum((speed / desired) ** 4, 4.0) - (wanted / np.maximum(gap, 0.5)) ** 2)
+    return result
+
+
+def simulate(script: Script, eyes: Eyes, kind: npt.NDArray[np.int64], steps: int, rng: np.random.Generator) -> Scene:
+    """``kind``: of the driver's state, which lengthens reactions; ``rng``: of how steadily he steers."""
+    n = len(script.at)
+    rows = np.arange(n)
+    made = {f.name: np.zeros((n, steps)) for f in fields(Scene)}
+    sees = eyes.on_road
+    reaction = script.reaction + np.where(kind == DROWSY, 4, 0)
+    cut, change = is_event(script, "cut-in"), is_event(script, "lane change")
+    checked = eyes.mirror_seen(script.at, MIRROR_STEPS)
+    goes = change & ~(checked & script.beside)  # who sees a vehicle beside stays
+    speed = script.speed.copy()
+    acceleration, y, side, travelled = np.zeros(n), rng.normal(0, 0.12, n), np.zeros(n), np.zeros(n)
+    lead_speed = speed.copy()
+    lead = np.where(script.lead, LENGTH + 2.0 + script.headway * speed, FAR)
+    beside_speed = speed + script.beside_speed
+    beside_x = np.where(script.beside, script.beside_x - script.beside_speed * script.at * STEP_S, FAR)
+    beside_y = LANE + rng.normal(0, 0.1, n)
+    wander = np.cumsum(rng.normal(0, 0.05, (n, steps)), axis=1)
+    wander -= wander.mean(axis=1, keepdims=True)
+    gaps, closings = np.full((n, steps), FAR), np.zeros((n, steps))
+    for t in range(steps):
+        after = t >= script.at
+        braking = is_event(script, "lead brakes") & after & (t < script.at + 35)
+        in_lane = (np.abs(beside_y - y) < WIDTH) & (beside_x > 0) & (beside_x < FAR / 2)
+        behind = (lead < FAR / 2) & (np.abs(y) < WIDTH)
+        gap = np.minimum(np.where(behind, lead - LENGTH, FAR), np.where(in_lane, beside_x - LENGTH, FAR))
+        who = np.where(in_lane & (beside_x < lead), beside_speed, lead_speed)
+        gaps[:, t], closings[:, t] = gap, np.where(gap < FAR / 2, speed - who, 0.0)
+        signal = np.where(script.signals & change & (t >= script.at - 10), 1.0, 0.0)
+        meant = np.where(goes, np.clip((t - script.at) * STEP_S / 4.0, 0, 1) * LANE, 0.0)
+        for name, value in (
+            ("speed", speed), ("acceleration", acceleration), ("y", y), ("side_speed", side), ("travelled", travelled),
+            ("lead_gap", lead), ("lead_brakes", braking & (lead_speed > 0)), ("beside_x", beside_x), ("beside_y", beside_y), ("signal", signal),
+            ("curvature", script.curvature), ("heading", side / np.maximum(speed, 3.0)),
+        ):  # fmt: skip
+            made[name][:, t] = value
+        moves = np.where(cut & after & (beside_y > 0), -script.cut_speed, 0.0)
+        made["severity"][:, t] = severity(gap, closings[:, t], y, side - moves, beside_x, beside_y, goes & after)
+        # the driver: what he saw a reaction time ago, and nothing while he looks away
+        ago = np.maximum(t - reaction, 0)
+        seen_gap, seen_closing = gaps[rows, ago], closings[rows, ago]
+        command = idm(speed, script.speed * 1.05, seen_gap, seen_closing, script.headway)
+        urgent = (seen_closing > SLOWEST) & (seen_gap < 4.0 * seen_closing)
+        needed = seen_closing**2 / (2 * np.maximum(seen_gap - 2.0, 0.5))
+        command = np.where(urgent, np.minimum(command, -1.3 * needed), np.maximum(command, -3.5))
+        command = np.where(sees[:, t] & sees[rows, ago], command, np.clip(acceleration, -0.5, 0.2))
+        command = np.clip(command, -STRONGEST, 1.6)
+        acceleration = acceleration + np.clip(command - acceleration, -JERK * STEP_S, JERK * STEP_S)
+        steered = np.clip(0.9 * (meant - y), -1.3, 1.3) + 0.25 * wander[:, t]
+        pushed = script.push * (after & (t < script.at + 40))
+        wanted = np.where(sees[rows, ago], steered + 0.25 * pushed, 0.25 * wander[:, t] + pushed)
+        side = side + np.clip(wanted - side, -2.2 * STEP_S, 2.2 * STEP_S)
+        # the others
+        lead_speed = np.maximum(
+            script.lead_slows_to * script.speed * braking, lead_speed - braking * script.lead_braking * STEP_S
+        )
+        away = cut & after
+        beside_speed = np.where(
+            away & (beside_y < LANE - 1.0), np.maximum(0.0, beside_speed + np.clip(speed + script.cuts_to - beside_speed, -0.6, 0.3)), beside_speed
+        )  # fmt: skip
+        beside_y = np.maximum(0.0, beside_y + moves * STEP_S)
+        speed, before = np.maximum(0.0, speed + acceleration * STEP_S), speed
+        y = y + side * STEP_S
+        travelled = travelled + (speed + before) / 2 * STEP_S
+        lead = np.where(lead < FAR / 2, np.maximum(LENGTH + 0.2, lead + (lead_speed - speed) * STEP_S), FAR)
+        beside_x = np.where(beside_x < FAR / 2, beside_x + (beside_speed - speed) * STEP_S, FAR)
+    return Scene(**{**made, "lead_brakes": made["lead_brakes"] > 0})  # type: ignore[arg-type]
+
+
+def severity(
+    gap: Array, closing: Array, y: Array, approach: Array, beside_x: Array, beside_y: Array, meant: Mask
+) -> Array:
+    """approach: m/s of ours to the left towards the vehicle beside; meant: who changes lanes. (n,): at least 1 in a conflict, 0 in ordinary traffic, in between where people would not agree."""
+    ahead = np.where(closing > SLOWEST, gap / np.maximum(closing, SLOWEST), np.inf)
+    found = between(ahead, SAFE_TTC, CLOSE_TTC)
+    overlap = (np.abs(beside_x) < LENGTH + 0.5) & (beside_x < FAR / 2)
+    room = np.abs(beside_y - y) - WIDTH
+    beside = np.where((approach > 0.15) & (room > 0), room / np.maximum(approach, 0.15), np.inf)
+    found = np.maximum(found, np.where(overlap, between(beside, SAFE_SIDE, CLOSE_SIDE), 0.0))
+    found = np.maximum(found, np.where(overlap, between(room, CLEAR, TOUCHING), 0.0))
+    return np.maximum(found, np.where(meant, 0.0, between(np.abs(y), WITHIN, OUT)))
+
+
+def between(x: Array, safe: float, bad: float) -> Array:
+    """0 at ``safe``, 1 at ``bad``, linear, clipped to 0..2."""
+    result: Array = np.clip((safe - np.minimum(x, 1e6)) / (safe - bad), 0.0, 2.0)
+    return result

@@ -1,0 +1,468 @@
+"""driver_attention: what causes a label, what each camera sees, the formats, the model's masks, and what must not leak."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from applications.driver_attention import (
+    APPLICATION,
+    augment,
+    cameras,
+    data,
+    driver,
+    generator,
+    media,
+    pipeline,
+    traffic,
+)
+from applications.driver_attention.config import VIEWS, Config
+from applications.driver_attention.data import Drives
+from fl_core.contracts.errors import ConfigError, DataError
+from fl_core.learning import seeding
+from fl_core.learning.examples import Examples
+from fl_core.learning.samples import Sample
+from fl_core.learning.torch_arrays import predict
+from fl_core.runtime import scores
+from tests.helpers import refusal
+
+CONFIG: Config = APPLICATION.configure(["data.clients=4", "data.clips_per_client=24"])
+STEPS = 90
+AT = 40
+
+
+@pytest.fixture(scope="module")
+def drives() -> Drives:
+    return APPLICATION.generate(CONFIG, 3)
+
+
+@pytest.fixture(scope="module")
+def examples(drives: Drives) -> Examples:
+    return drives.examples(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def net() -> torch.nn.Module:
+    torch.set_num_threads(1)
+    return APPLICATION.build_model(CONFIG).eval()
+
+
+def script(event: str, **changes: float) -> traffic.Script:
+    """One moment, nobody beside, an ordinary driver on a straight road."""
+    one = {
+        "event": list(traffic.EVENTS).index(event), "at": AT, "speed": 18.0, "headway": 1.3, "reaction": 7, "curvature": 0.0,
+        "lead": True, "lead_braking": 5.0, "lead_slows_to": 0.1, "push": 0.0, "beside": False, "beside_x": 0.0,
+        "beside_speed": 0.0, "cuts_to": 0.0, "cut_speed": 1.5, "signals": True, "checks": True, **changes,
+    }  # fmt: skip
+    return traffic.Script(**{k: np.array([v]) for k, v in one.items()})
+
+
+def eyes(kind: str) -> driver.Eyes:
+    open_eyes = driver.Eyes(*(np.full((1, STEPS), v) for v in (0.0, 0.0, 1.0, 0.0)))
+    if kind == "distracted":
+        open_eyes.down[:, AT - 5 : AT + 40] = 0.95
+    if kind == "checks the mirror":
+        driver.glance_left(open_eyes, 0, AT - 12, 6)
+    return open_eyes
+
+
+def run(moment: traffic.Script, look: driver.Eyes) -> traffic.Scene:
+    kind = np.array([driver.ATTENTIVE])
+    return traffic.simulate(moment, look, kind, STEPS, np.random.default_rng(0))
+
+
+# --- the label is caused by the scene
+
+
+def test_the_same_braking_ends_well_for_who_looks_and_badly_for_who_does_not() -> None:
+    seen, missed = (run(script("lead brakes", lead_braking=4.5), eyes(kind)) for kind in ("attentive", "distracted"))
+    assert seen.severity.max() < 1 <= missed.severity.max()
+    first = int((missed.severity[0] >= 1).argmax())
+    assert missed.acceleration[0, first] > -0.6, "who looks away does not brake"
+    assert seen.acceleration[0, : first + 1].min() < -2.0
+
+
+def test_a_push_aside_leaves_the_lane_only_where_nobody_steers_against_it() -> None:
+    seen, missed = (run(script("drift", push=0.9, lead=False), eyes(kind)) for kind in ("attentive", "distracted"))
+    assert seen.severity.max() < 1 <= missed.severity.max()
+    assert np.abs(seen.y).max() < 0.7 < np.abs(missed.y).max()
+
+
+def test_a_lane_change_is_a_conflict_only_beside_somebody_whom_the_mirror_did_not_show() -> None:
+    change = {"lead": False, "beside_x": 0.5}
+    assert run(script("lane change", beside=True, **change), eyes("attentive")).severity.max() >= 1
+    assert run(script("lane change", beside=True, **change), eyes("checks the mirror")).severity.max() < 1
+    alone = run(script("lane change", beside=False, **change), eyes("attentive"))
+    assert alone.severity.max() == 0
+    assert alone.y[0, -1] > 3.0
+
+
+def test_a_tight_cut_in_is_a_conflict_for_everybody() -> None:
+    cut = {"lead": False, "beside": True, "beside_x": 6.0, "cuts_to": -7.0, "cut_speed": 2.0}
+    assert run(script("cut-in", **cut), eyes("attentive")).severity.max() >= 1
+    assert run(script("cut-in", **{**cut, "beside_x": 28.0, "cuts_to": 2.0}), eyes("attentive")).severity.max() == 0
+    assert run(script("none", **cut), eyes("attentive")).severity.max() == 0
+
+
+def test_states_are_told_by_the_fields_own_measures() -> None:
+    first, last = np.array([0]), np.array([29])
+    look = eyes("attentive")
+    assert driver.state(look, first, last)[0] == driver.ATTENTIVE
+    look.down[:, 5:20] = 0.9  # 1.5 s: between the two
+    assert np.isnan(driver.state(look, first, last)[0])
+    look.down[:, 5:22] = 0.9
+    assert driver.state(look, first, last)[0] == driver.DISTRACTED
+    look.lids[:, :13] = 0.05
+    assert driver.state(look, first, last)[0] == driver.DROWSY
+
+
+# --- what the cameras see
+
+
+def seen(scene: traffic.Scene, look: driver.Eyes) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(5)
+    car = dataclasses.replace(cameras.Vehicle.draw(rng), noise=0.0)
+    return cameras.pictures(
+        scene, look, np.array([0]), np.arange(0, STEPS, 10)[None], car, np.random.default_rng(1), 32, 48
+    )
+
+
+def changed(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> set[str]:
+    return {view for view in VIEWS if not np.array_equal(a[view], b[view])}
+
+
+def test_each_camera_sees_its_own_part_of_the_scene_and_no_other() -> None:
+    look = eyes("attentive")
+    scene = run(script("none", beside=True), look)
+    scene = dataclasses.replace(scene, beside_x=np.full_like(scene.beside_x, 1.0))
+    before = seen(scene, look)
+    shut = dataclasses.replace(look, lids=np.full_like(look.lids, 0.05))
+    assert changed(before, seen(scene, shut)) == {"cabin"}
+    assert changed(before, seen(dataclasses.replace(scene, lead_gap=scene.lead_gap - 8), look)) == {"front"}
+    lit = dataclasses.replace(scene, lead_brakes=~scene.lead_brakes)
+    assert changed(before, seen(lit, look)) == {"front"}
+    gone = dataclasses.replace(scene, beside_x=np.full_like(scene.beside_x, traffic.FAR))
+    assert changed(before, seen(gone, look)) == {"side"}
+    aside = dataclasses.replace(scene, y=scene.y + 0.5)
+    assert changed(before, seen(aside, look)) == {"front", "side"}
+    worse = dataclasses.replace(scene, severity=scene.severity + 1)
+    assert changed(before, seen(worse, look)) == set(), "what is to be told is not drawn"
+
+
+@pytest.mark.parametrize("gap", [8.0, 12.0, 20.0])
+def test_the_lead_vehicle_has_the_size_that_its_distance_gives(gap: float) -> None:
+    look = eyes("attentive")
+    scene = run(script("none"), look)
+    near = dataclasses.replace(scene, lead_gap=np.full_like(scene.lead_gap, gap + traffic.LENGTH / 2 + 1.5))
+    far = dataclasses.replace(scene, lead_gap=np.full_like(scene.lead_gap, traffic.FAR))
+    other = (seen(near, look)["front"][0, 0].astype(float) - seen(far, look)["front"][0, 0]) != 0
+    wide = int(other.any(axis=0).sum())
+    assert abs(wide - 40.0 * traffic.WIDTH / gap) <= 2
+
+
+def test_motion_agrees_with_the_instruments() -> None:
+    look = eyes("attentive")
+    scene = run(script("lead brakes"), look)
+    np.testing.assert_allclose(np.diff(scene.speed), scene.acceleration[:, 1:] * 0.1, atol=0.2)
+    np.testing.assert_allclose(np.diff(scene.travelled), (scene.speed[:, 1:] + scene.speed[:, :-1]) / 20, atol=1e-9)
+    steps = np.arange(2, STEPS)[None]
+    told = generator.instruments(scene, np.array([0]), steps, np.random.default_rng(0))
+    at = pipeline.NAMES.index
+    assert np.corrcoef(told[:, at("long_acc_mps2")], scene.acceleration[0, 2:])[0, 1] > 0.95
+    np.testing.assert_allclose(told[:, at("speed_mps")], scene.speed[0, 2:], rtol=0.05, atol=0.6)
+
+
+# --- what must not leak
+
+
+def test_place_in_the_recording_and_names_tell_nothing() -> None:
+    """Only what identifies a clip, no picture: the labels of many clips, by their number and by their vehicle's."""
+    rng = seeding.generator(0, "test")
+    conflict = np.concatenate([generator.moments(rng, 60, 28)[3] for _ in range(12)])
+    place = np.tile(np.arange(60), 12)
+    found = scores.roc_auc(conflict, place)
+    assert found is not None
+    assert abs(found - 0.5) < 0.05
+    assert 0.25 < conflict.mean() < 0.5
+
+
+def test_scores_follow_the_clip_and_not_its_place_or_name(examples: Examples, net: torch.nn.Module) -> None:
+    few = examples.take(slice(0, 12))
+    order = np.random.default_rng(0).permutation(12)
+    renamed = dataclasses.replace(few.take(order), columns={k: v[::-1] for k, v in few.columns.items()})
+    a, b = (predict(net, APPLICATION, CONFIG, e) for e in (few, renamed))
+    for name in a:
+        np.testing.assert_allclose(b[name], a[name][order], atol=1e-5)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_pixels_of_an_absent_view_are_not_looked_at(examples: Examples, net: torch.nn.Module, view: str) -> None:
+    few = examples.take(slice(0, 6))
+    present = few.inputs["present"].copy()
+    present[:, VIEWS.index(view)] = 0
+    frames = few.inputs["frames"].copy()
+    frames[:, VIEWS.index(view)] = np.random.default_rng(0).integers(0, 256, frames[:, 0].shape)
+    blank, noise = (
+        dataclasses.replace(few, inputs={**few.inputs, "present": present, "frames": f}) for f in (few.inputs["frames"], frames)
+    )  # fmt: skip
+    a, b = (predict(net, APPLICATION, CONFIG, e) for e in (blank, noise))
+    np.testing.assert_array_equal(a["conflict"], b["conflict"])
+    whole = predict(net, APPLICATION, CONFIG, few)["conflict"]
+    assert not np.allclose(a["conflict"], whole)
+
+
+def test_a_clip_may_begin_late_and_readings_may_be_nonsense(examples: Examples, net: torch.nn.Module) -> None:
+    few = examples.take(slice(0, 6))
+    present = few.inputs["present"].copy()
+    for i in range(6):
+        present[i, :, : 3 * i] = 0
+    motion = few.inputs["kinematics"].copy()
+    motion[0], motion[1], motion[2, :, 1], motion[3, 4] = np.nan, np.inf, 1e30, -np.inf
+    outputs = predict(net, APPLICATION, CONFIG, dataclasses.replace(few, inputs={**few.inputs, "present": present, "kinematics": motion}))  # fmt: skip
+    assert all(np.isfinite(v).all() for v in outputs.values())
+
+
+def test_augmentation_leaves_a_view_and_drops_the_others_at_their_rate() -> None:
+    config = APPLICATION.configure(["data.drop_view=0.5", "data.drop_kinematics=0.3", "data.frames=4"])
+    inputs = {
+        "frames": np.full((600, 3, 4, 16, 16), 100, np.uint8),
+        "present": np.ones((600, 3, 4), np.float32),
+        "kinematics": np.zeros((600, 4, 6), np.float32),
+    }
+    found = augment.augment(inputs, seeding.example_keys(1, np.arange(600)), config)
+    there = found["present"].max(axis=2)
+    assert there.max(axis=1).min() == 1
+    assert np.abs(there.mean(axis=0) - (1 - 0.5 * 2 / 3)).max() < 0.06
+    assert abs(np.isnan(found["kinematics"]).mean() - 0.3) < 0.06
+    assert (found["frames"][there == 0] == 0).all()
+
+
+# --- losses and metrics
+
+
+def test_what_is_not_known_costs_nothing_and_counts_nowhere() -> None:
+    loss = APPLICATION.loss_function()
+    outputs = torch.randn(6, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    targets = torch.tensor([[1, 0], [0, 2], [1, 1], [0, 0], [1, 2], [0, 1]], dtype=torch.float64)
+    whole = float(loss(outputs, targets, CONFIG)[0])
+    parts = []
+    for column in (0, 1):
+        half = targets.clone()
+        half[:, column] = torch.nan
+        numerator, denominator = loss(outputs, half, CONFIG)
+        assert float(denominator) == 6
+        parts.append(float(numerator))
+    assert sum(parts) == pytest.approx(whole)
+    assert float(loss(outputs, torch.full((6, 2), torch.nan), CONFIG)[0]) == 0
+
+
+def test_metrics_are_of_what_is_known(examples: Examples) -> None:
+    outputs = {
+        "conflict": np.nan_to_num(examples.targets[:, 0]),
+        "state": np.eye(3)[np.nan_to_num(examples.targets[:, 1]).astype(int)],
+    }
+    found = APPLICATION.metrics(CONFIG, outputs, examples)
+    assert found == {"roc_auc": 1.0, "average_precision": 1.0, "state_f1_macro": 1.0, "state_accuracy": 1.0}
+    blind = dataclasses.replace(examples, targets=np.full_like(examples.targets, np.nan))
+    assert APPLICATION.metrics(CONFIG, outputs, blind) == {}
+    masks = APPLICATION.groups(CONFIG, examples)
+    assert set(masks) == {"all_views", *(f"without_{v}" for v in VIEWS)}
+
+
+def test_a_view_taken_as_absent_is_left_out_of_the_examples(drives: Drives, examples: Examples) -> None:
+    config = APPLICATION.configure(['data.missing_views=["cabin"]', "data.missing_kinematics=true"])
+    found = drives.examples(config)
+    assert not found.inputs["present"][:, VIEWS.index("cabin")].any()
+    assert not found.inputs["frames"][:, VIEWS.index("cabin")].any()
+    np.testing.assert_array_equal(found.inputs["frames"][:, 0], examples.inputs["frames"][:, 0])
+    assert np.isnan(found.inputs["kinematics"]).all()
+    assert "not a view" in str(refusal(ConfigError, lambda: APPLICATION.configure(['data.missing_views=["roof"]'])))
+    assert "multiple of 8" in str(refusal(ConfigError, lambda: APPLICATION.configure(["data.width=44"])))
+
+
+def test_the_floor_and_the_pictures_are_of_the_clips_that_they_are_given(examples: Examples) -> None:
+    few = examples.of_clients(examples.clients()[:2])
+    rest = examples.of_clients(examples.clients()[2:])
+    found = APPLICATION.floor_function()(CONFIG, few, rest, seed=0)  # type: ignore[misc]
+    assert set(found) == {
+        f"{name}, boosted trees" for name in ("kinematics", *(f"{v} statistics" for v in VIEWS), "all")
+    }
+    for outputs in found.values():
+        assert set(APPLICATION.metrics(CONFIG, outputs, rest)) >= {"roc_auc", "state_f1_macro"}
+    outputs = found["all, boosted trees"]
+    drawn = APPLICATION.pictures_function()(CONFIG, outputs, rest)  # type: ignore[misc]
+    assert 2 <= len(drawn) <= 4
+    assert all(picture.startswith(b"\x89PNG") and "vehicle-" in caption for picture, caption in drawn)
+
+
+# --- formats
+
+
+def device(folder: Path, *, shift: float = 0.0, frames: int = 20) -> np.ndarray:
+    """A recording of 4 s at 5 Hz: a folder of images, an animated file, an array; motion at 20 Hz. Returns the frames."""
+    made = np.random.default_rng(0).integers(0, 256, (3, frames, 32, 48)).astype(np.uint8)
+    (folder / "r" / "front").mkdir(parents=True)
+    for i, pixels in enumerate(made[0]):
+        Image.fromarray(pixels).save(folder / "r" / "front" / f"{i:04d}.png")
+    pages = [Image.fromarray(p) for p in made[1]]
+    pages[0].save(folder / "r" / "cabin.tif", save_all=True, append_images=pages[1:])
+    np.save(folder / "r" / "side.npy", made[2])
+    times = "\n".join(str(k / 5 + shift) for k in range(frames))
+    (folder / "r" / "times.csv").write_text(f"time_s\n{times}\n")
+    motion = "\n".join(f"{k / 20},{k},{'' if k % 2 else 0.5}" for k in range(81))
+    (folder / "r" / "motion.csv").write_text(f"time_s,speed_mps,long_acc_mps2\n{motion}\n")
+    (folder / "media.csv").write_text(
+        "recording,view,file,timestamps,start_s,rate_hz\nr,front,r/front,r/times.csv,,\nr,cabin,r/cabin.tif,,0,5\n"
+        "r,side,r/side.npy,r/times.csv,,\nr,kinematics,r/motion.csv,,,\n"
+    )
+    (folder / "clips.csv").write_text(
+        "clip_id,recording,vehicle_id,end_s,conflict,state\na,r,7,2.8,1,drowsy\nb,r,7,3.8,,\n"
+    )
+    return made
+
+
+def test_views_of_different_kinds_are_synchronised_by_their_timestamps(tmp_path: Path) -> None:
+    made = device(tmp_path, shift=0.04)
+    found = APPLICATION.read(tmp_path).examples(CONFIG)
+    assert found.clients() == ("vehicle-7",)
+    np.testing.assert_array_equal(found.targets, np.array([[1, 2], [np.nan, np.nan]], np.float32))
+    for clip, last in enumerate((14, 19)):
+        for view in range(3):
+            np.testing.assert_array_equal(found.inputs["frames"][clip, view], made[view, last - 14 : last + 1])
+    assert found.inputs["present"].all()
+    speed = pipeline.NAMES.index("speed_mps")
+    np.testing.assert_allclose(found.inputs["kinematics"][0, :, speed], np.arange(15) * 4)
+    assert np.isnan(found.inputs["kinematics"][..., pipeline.NAMES.index("turn_signal")]).all()
+
+
+def test_frames_that_came_at_another_time_are_missing(tmp_path: Path) -> None:
+    device(tmp_path, shift=1.0)
+    found = APPLICATION.read(tmp_path).examples(CONFIG)
+    assert found.inputs["present"][0, 0].tolist() == [0] * 5 + [1] * 10
+    assert found.inputs["present"][0, 1].all()
+    assert not found.inputs["frames"][0, 0, :5].any()
+
+
+@pytest.mark.parametrize(
+    ("have", "expected"),
+    [([0.0, 1.0, 2.0], [0, -1, 2]), ([], [-1, -1, -1]), ([1.05], [-1, 0, -1]), ([0.95, 1.02], [-1, 1, -1])],
+)
+def test_the_nearest_frame_in_time_is_taken_if_it_is_near(have: list[float], expected: list[int]) -> None:
+    wanted = np.array([0.05, 1.0 if have != [0.0, 1.0, 2.0] else 1.5, 2.05])
+    assert pipeline.nearest(wanted, np.array(have), 0.1).tolist() == expected
+
+
+FAULTS = {
+    "a view": ("media.csv", "r,side,", "r,roof,", "view 'roof' is not known"),
+    "a file": ("media.csv", "r/side.npy", "r/none.npy", "no such file"),
+    "outside": ("media.csv", "r/side.npy", "../side.npy", "not a file inside"),
+    "a kind": ("media.csv", "r/cabin.tif", "r/motion.csv", "no frames are read from this kind"),
+    "a video": ("media.csv", "r/cabin.tif", "r/cabin.mp4", "pip install av"),
+    "no rate": ("media.csv", "r/cabin.tif,,0,5", "r/cabin.tif,,,", "start_s and rate_hz"),
+    "times": ("r/times.csv", "0.2\n", "0.0\n", "do not ascend"),
+    "too few times": ("r/times.csv", "0.2\n", "", "19 timestamps for 20 frames"),
+    "a word": ("r/motion.csv", "0.05,1,", "0.05,fast,", "speed_mps is 'fast'"),
+    "a label": ("clips.csv", "drowsy", "asleep", "state is 'asleep'"),
+    "an end": ("clips.csv", "2.8", "never", "end_s is 'never'"),
+    "twice": ("clips.csv", "\nb,", "\na,", "there twice"),
+    "a recording": ("clips.csv", "b,r,", "b,q,", "nothing of the recording 'q'"),
+    "two vehicles": ("clips.csv", "b,r,7", "b,r,8", "is of vehicle '7'"),
+}
+
+
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_broken_data_set_is_refused_by_name(tmp_path: Path, fault: str) -> None:
+    device(tmp_path)
+    (tmp_path / "r" / "cabin.mp4").write_bytes(b"no video")
+    name, old, new, message = FAULTS[fault]
+    text = (tmp_path / name).read_text()
+    assert old in text
+    (tmp_path / name).write_text(text.replace(old, new, 1))
+    assert message in str(refusal(DataError, lambda: APPLICATION.read(tmp_path)))
+
+
+def test_damaged_frames_are_refused_by_name(tmp_path: Path) -> None:
+    device(tmp_path)
+    raw = (tmp_path / "r" / "front" / "0003.png").read_bytes()
+    (tmp_path / "r" / "front" / "0003.png").write_bytes(raw[: len(raw) // 2])
+    assert "0003.png" in str(refusal(DataError, lambda: APPLICATION.read(tmp_path).examples(CONFIG)))
+    np.save(tmp_path / "r" / "side.npy", np.zeros((20, 32, 48), np.float32))
+    assert "side.npy: is float32" in str(refusal(DataError, lambda: APPLICATION.read(tmp_path)))
+
+
+def test_frames_of_another_size_are_cut_to_shape_and_resampled() -> None:
+    wide = np.zeros((64, 200, 3), np.uint8)
+    wide[:, 100:] = 255
+    found = media.fitted(wide, 32, 48)
+    assert found.shape == (32, 48)
+    assert found[:, :24].max() == 0
+    assert found[:, 24:].min() == 255
+
+
+def cabin_folder(folder: Path) -> None:
+    (folder / "images").mkdir()
+    lines = ["file,label,frame,block"]
+    for frame in range(60):
+        name = f"images/{frame:04d}.jpg"
+        Image.new("RGB", (96, 96), (frame * 4, 0, 0)).save(folder / name)
+        lines.append(f"{name},{'drowsy' if 25 <= frame < 40 else 'awake'},{frame},{frame // 20}")
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_one_camera_on_the_driver_is_a_data_set_of_states(tmp_path: Path) -> None:
+    cabin_folder(tmp_path)
+    found = APPLICATION.read(tmp_path).examples(CONFIG)
+    assert found.clients() == ("vehicle-block-0", "vehicle-block-1", "vehicle-block-2")
+    assert np.isnan(found.targets[:, 0]).all()
+    assert {driver.ATTENTIVE, driver.DROWSY} <= set(found.targets[:, 1][~np.isnan(found.targets[:, 1])].tolist())
+    assert np.isnan(found.targets[:, 1]).any(), "where the labels of the last frames do not agree"
+    present = found.inputs["present"]
+    assert present[:, VIEWS.index("cabin")].any(axis=1).all()
+    assert not present[:, VIEWS.index("front")].any()
+    assert np.isnan(found.inputs["kinematics"]).all()
+    metrics = APPLICATION.metrics(CONFIG, {"conflict": np.zeros(len(found)), "state": np.zeros((len(found), 3))}, found)
+    assert set(metrics) == {"state_f1_macro", "state_accuracy"}
+    text = (tmp_path / "labels.csv").read_text()
+    (tmp_path / "labels.csv").write_text(text.replace("awake,3,", "nodding,3,"))
+    assert "label 'nodding'" in str(refusal(DataError, lambda: APPLICATION.read(tmp_path)))
+
+
+def test_a_vehicle_is_the_same_however_many_there_are(drives: Drives) -> None:
+    fewer = APPLICATION.generate(APPLICATION.configure(["data.clients=2", "data.clips_per_client=24"]), 3)
+    assert repr(fewer.clips) == repr(drives.select(fewer.client_ids()).clips)  # NaN is not equal to itself
+    for name, recording in fewer.recordings.items():
+        for view, stream in recording.views.items():
+            np.testing.assert_array_equal(stream.source, drives.recordings[name].views[view].source)
+
+
+def test_a_clip_collected_on_the_device_becomes_the_same_example(
+    drives: Drives, examples: Examples, tmp_path: Path
+) -> None:
+    clip = drives.clips[0]
+    recording = drives.recordings[clip.recording]
+    arrays: dict[str, np.ndarray] = {}
+    for view, stream in recording.views.items():
+        mine = np.abs(stream.times - clip.end_s) < 4
+        arrays |= {view: np.asarray(stream.source)[mine], f"{view}_s": stream.times[mine]}
+    assert recording.motion is not None
+    mine = np.abs(recording.motion.times - clip.end_s) < 4
+    arrays |= {data.KINEMATICS: recording.motion.values[mine], f"{data.KINEMATICS}_s": recording.motion.times[mine]}
+    form = APPLICATION.samples
+    assert form is not None
+    (tmp_path / "clip.npz").write_bytes(form.encode(arrays))
+    assert form.check(tmp_path / "clip.npz")["schema"] == "clip"
+    (tmp_path / "out").mkdir()
+    told = form.label({"conflict": "1", "state": "drowsy"})
+    form.write([Sample(id="x", path=tmp_path / "clip.npz", time=0.0, label=told)], tmp_path / "out", "me", CONFIG)
+    found = APPLICATION.read(tmp_path / "out").examples(CONFIG)
+    for name, value in found.inputs.items():
+        np.testing.assert_array_equal(value[0], examples.inputs[name][0], err_msg=name)
+    assert found.targets.tolist() == [[1.0, 2.0]]
+    assert found.clients() == ("vehicle-me",)
+    for wrong in ({"conflict": 2}, {"state": "asleep"}, {"conflict": 1, "mood": "good"}, {}):
+        assert refusal(DataError, lambda wrong=wrong: form.label(wrong)) is not None
