@@ -13,12 +13,12 @@ from typing import Any, Self
 import numpy as np
 
 from applications.plant_disease import clients as ownership
-from applications.plant_disease import pipeline
 from applications.plant_disease.clients import Facts
 from applications.plant_disease.config import ALPHA, CLIENTS, Config
-from applications.plant_disease.pipeline import Pixels
 from fl_core.contracts.errors import DataError, InputError
 from fl_core.contracts.names import checked_name
+from fl_core.imagery import photographs
+from fl_core.imagery.photographs import Pixels
 from fl_core.learning.examples import Examples
 from fl_core.storage import atomic, tables
 
@@ -36,8 +36,8 @@ class Leaf:
     def pixels(self, side: int) -> Pixels:
         """(side, side, 3) RGB. Raises DataError naming the file."""
         if isinstance(self.source, Path):
-            return pipeline.read_image(self.source, self.facts.file, side)
-        return pipeline.from_pixels(self.source, side)
+            return photographs.read_square(self.source, self.facts.file, side)
+        return photographs.from_pixels(self.source, side)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Leaves:
                 if isinstance(leaf.source, Path):
                     shutil.copyfile(leaf.source, target)
                 else:
-                    target.write_bytes(pipeline.encode_png(leaf.source))
+                    target.write_bytes(photographs.encode_png(leaf.source))
                 writer.writerow(astuple(leaf.facts))
             (temporary / TABLE_NAME).write_text(out.getvalue(), encoding="utf-8")
 
@@ -130,7 +130,7 @@ def read(path: Path) -> Leaves:
         seen.add(facts.file)
         found.append((facts, _inside(table, line, path, root, facts.file)))
     for facts, file in found:
-        pipeline.check_image(file, facts.file)
+        photographs.check_image(file, facts.file)
     settled = "client" in rows[0]
     facts_only = [facts for facts, _ in found]
     if settled:

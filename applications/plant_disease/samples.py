@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from applications.plant_disease import pipeline
 from applications.plant_disease.data import TABLE_NAME
 from fl_core.contracts.errors import DataError
+from fl_core.imagery import photographs
 from fl_core.learning.samples import Sample, SampleFormat
 
 LABEL_LIMIT = 100
@@ -23,7 +23,7 @@ PROBE_SIDE = 32  # the smallest that a model may take: decodes the whole file
 
 
 def check(path: Path) -> dict[str, Any]:
-    pipeline.read_image(path, path.name, PROBE_SIDE)
+    photographs.read_square(path, path.name, PROBE_SIDE)
     return {"schema": "image"}
 
 
@@ -38,7 +38,7 @@ def encode(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
     image = np.asarray(arrays.get("image", 0))
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise DataError(f"array 'image' is {image.dtype}{image.shape}, expected uint8 (height, width, 3)")
-    return pipeline.encode_png(image)
+    return photographs.encode_png(image)
 
 
 def write(samples: Sequence[Sample], folder: Path, client: str, config: Any) -> None:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from applications.plant_disease import APPLICATION, augment, clients, data, leaves, pipeline
+from applications.plant_disease import APPLICATION, augment, clients, data, leaves
 from applications.plant_disease.clients import Facts
 from applications.plant_disease.config import MAIZE, Config
 from applications.plant_disease.data import Leaves
 from fl_core.contracts.errors import ConfigError, DataError
+from fl_core.imagery import photographs
 from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
 from fl_core.learning.partition import split_clients, split_groups
@@ -98,18 +99,18 @@ def test_photographs_become_upright_centred_squares(tmp_path: Path) -> None:
     wide = np.zeros((60, 120, 3), np.uint8)
     wide[:, 30:90] = (0, 200, 0)
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert (pipeline.read_image(tmp_path / "wide.png", "wide.png", 32) == (0, 200, 0)).all()
+    assert (photographs.read_square(tmp_path / "wide.png", "wide.png", 32) == (0, 200, 0)).all()
     half = np.zeros((64, 64, 3), np.uint8)
     half[:32] = 255
     tag = Image.Exif()
     tag[0x0112] = 6  # turn by a quarter clockwise to show it upright
     Image.fromarray(half).save(tmp_path / "turned.jpg", exif=tag, quality=95)
-    upright = pipeline.read_image(tmp_path / "turned.jpg", "turned.jpg", 32)
+    upright = photographs.read_square(tmp_path / "turned.jpg", "turned.jpg", 32)
     assert upright[:, 20:].min() > 200
     assert upright[:, :12].max() < 50
     for mode in ("L", "RGBA", "P", "CMYK"):
         Image.new(mode, (40, 40)).save(tmp_path / f"{mode}.tif")
-        assert pipeline.read_image(tmp_path / f"{mode}.tif", mode, 32).shape == (32, 32, 3)
+        assert photographs.read_square(tmp_path / f"{mode}.tif", mode, 32).shape == (32, 32, 3)
 
 
 def _cut(folder: Path) -> None:
