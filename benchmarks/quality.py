@@ -54,6 +54,7 @@ PLANS = {
     ),
     "plant_disease": Plan(rounds=10),
     "plant_segmentation": Plan(rounds=20),
+    "plant_anomaly": Plan(rounds=20),
     "topology_optimisation": Plan(rounds=10),
     "seismic_facies": Plan(rounds=20, presets={"2-D twin": "twin"}),
 }

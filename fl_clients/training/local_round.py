@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fl_core.algorithms.base import Algorithm, ClientUpdate, GradientTerms, LocalEnd, LocalStart, LocalWork
 from fl_core.contracts.arrays import Arrays
@@ -93,6 +93,7 @@ class SharedOnly(ClientUpdate):
 
     def __init__(self, update: ClientUpdate, shared: Sequence[bool]) -> None:
         self._update, self._shared = update, tuple(shared)
+        self.frozen = update.frozen
 
     def terms(self) -> GradientTerms | None:
         terms = self._update.terms()
@@ -103,6 +104,9 @@ class SharedOnly(ClientUpdate):
             self._update.adjust_gradients(parameters, reference)
         else:
             super().adjust_gradients(parameters, reference)
+
+    def observe(self, model: nn.Module, batches: Iterable[tuple[tuple[Tensor, ...], Tensor]]) -> None:
+        self._update.observe(model, batches)
 
     def finish(self, work: LocalWork) -> LocalEnd:
         return self._update.finish(work)

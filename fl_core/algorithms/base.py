@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from fl_core.contracts.arrays import Arrays, check_like
 from fl_core.contracts.sections import OptimizerConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 Float64 = npt.NDArray[np.float64]
 BLOCK = 1 << 18  # elements: 2 MB of float64; smaller blocks cost more in calls than they save in cache misses
@@ -76,6 +76,10 @@ class Aggregator(ABC):
         """Raises IntegrityError naming ``origin`` where ``extra`` is misshapen, not finite or out of range."""
         if wanted := self.expected(reference):
             check_like(extra, wanted, origin=f"{origin}: beside the model")
+
+    def solved(self, reference: Arrays) -> frozenset[str]:
+        """Arrays that are computed from what clients send beside the model, not averaged."""
+        return frozenset()
 
     def begin(self, round: int, reference: Arrays) -> State:
         return State(round=round, reference=reference)
@@ -250,9 +254,13 @@ class LocalEnd:
 
 
 class ClientUpdate:
-    """The client's half; the default leaves the local update as it is. stateful: keeps something from round to round."""
+    """The client's half; the default leaves the local update as it is. stateful: keeps something from round to round.
+
+    frozen: takes no step; ``observe`` is called instead.
+    """
 
     stateful = False
+    frozen = False
 
     def check(self, optimizer: OptimizerConfig) -> None:
         """Raises InputError for an optimiser that the algorithm is not defined for."""
@@ -261,8 +269,12 @@ class ClientUpdate:
         """What one client does in one round. Raises IntegrityError where what the server sent does not fit."""
         return self
 
+    def observe(self, model: nn.Module, batches: Iterable[tuple[tuple[Tensor, ...], Tensor]]) -> None:
+        """Where ``frozen``, on what ``begin`` returned: the global model in evaluation mode, and the client's training examples once
+        as (inputs, targets), neither shuffled nor augmented. No gradients are recorded."""
+
     def finish(self, work: LocalWork) -> LocalEnd:
-        """Called once, on what ``begin`` returned, after at least one step."""
+        """Called once, on what ``begin`` returned, after at least one step (where ``frozen``, after ``observe``)."""
         return LocalEnd()
 
     def terms(self) -> GradientTerms | None:

@@ -77,6 +77,16 @@ class AlgorithmConfig:
     beta_1: float = number(0.9, low=0.0, high=0.9999)
     beta_2: float = number(0.99, low=0.0, high=0.99999)
     tau: float = number(1e-3, low=1e-12, help="fedadam, fedyogi: adaptivity")
+    head: str = text(
+        "", help="statistics_head: the linear layer to solve for; '' = the one called head, or the only one"
+    )
+    head_rule: str = choice(
+        "discriminant", "discriminant", "least_squares", "whitening", help="statistics_head: what is solved for"
+    )
+    head_shrinkage: float = number(
+        0.1, low=0.0, high=1.0, help="statistics_head: share of the identity in the covariance"
+    )
+    head_prior: str = choice("equal", "equal", "counts", help="statistics_head: of the classes in the discriminant")
     max_update_norm: float = number(0.0, low=0.0, help="screening: larger updates are refused; 0 = no bound")
 
 

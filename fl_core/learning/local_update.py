@@ -18,7 +18,7 @@ from fl_core.learning import seeding
 from fl_core.learning.application import Application
 from fl_core.learning.augmentation import Augmentation
 from fl_core.learning.examples import Examples
-from fl_core.learning.torch_arrays import get_arrays, set_arrays, tensors
+from fl_core.learning.torch_arrays import get_arrays, prediction_batch, set_arrays, tensors
 from fl_core.optimizers import build_optimizer
 
 
@@ -71,6 +71,9 @@ def local_update(
     set_arrays(model, reference, origin="global model")
     if len(data) == 0:
         return LocalResult(get_arrays(model), 0, 0.0)
+    if client_update.frozen:
+        client_update.observe(model.eval(), _as_they_are(application, config, data))
+        return LocalResult(get_arrays(model), len(data), 0.0, steps=1)
     loss_function, augment = application.loss_function(), application.augment_function()
     parameters = [p for p in model.parameters() if p.requires_grad]
     origin = [p.detach().clone() for p in parameters]
@@ -94,6 +97,16 @@ def local_update(
         total += float(numerator.detach())
         weight += float(denominator.detach())
     return LocalResult(get_arrays(model), len(data), total / weight if weight else 0.0, steps)
+
+
+def _as_they_are(
+    application: Application, config: Any, data: Examples
+) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    size = prediction_batch(data)
+    with torch.inference_mode():
+        for start in range(0, len(data), size):
+            part = data.take(slice(start, start + size))
+            yield tensors(application, config, part), torch.from_numpy(np.ascontiguousarray(part.targets))
 
 
 def schedule(

@@ -1,0 +1,88 @@
+"""A convolutional autoencoder with a small bottleneck, a heat map of lesions, and a whitened latent vector.
+
+The latent vector holds the mean and the maximum of each bottleneck channel, the error of the reconstruction and the smooth maximum of
+the heat. ``head`` whitens it by the mean and covariance of healthy plants: algorithm ``statistics_head`` with
+``algorithm.head_rule = "whitening"`` computes them exactly, in one round, from sums that clients send. Until then it is the identity.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from applications.plant_anomaly.config import Config
+from applications.plant_anomaly.pipeline import latent_size
+from fl_core.learning.normalization import norm
+
+
+def layer(source: int, target: int, kind: str, stride: int = 1) -> nn.Sequential:
+    kernel = 4 if stride == 2 else 3
+    return nn.Sequential(
+        nn.Conv2d(source, target, kernel, stride=stride, padding=1, bias=kind == "none"),
+        norm(kind, target, dims=2),
+        nn.ReLU(),
+    )
+
+
+class Block(nn.Module):
+    """Residual pair of 3 x 3 convolutions."""
+
+    def __init__(self, channels: int, kind: str) -> None:
+        super().__init__()
+        self.first = layer(channels, channels, kind)
+        self.second = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=kind == "none"), norm(kind, channels, dims=2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.second(self.first(x)))
+
+
+class AnomalyNet(nn.Module):
+    """image (N, S, S, 3) uint8 -> reconstruction (N, 3, S, S), heat (N, 1, S, S), latent (N, D)."""
+
+    def __init__(self, width: int, blocks: int, latent: int, kind: str, size: int) -> None:
+        super().__init__()
+        w = (width, 2 * width, 4 * width)
+        self.first = layer(3, w[0], kind, 2)
+        self.second = nn.Sequential(layer(w[0], w[1], kind, 2), *(Block(w[1], kind) for _ in range(blocks)))
+        self.third = nn.Sequential(layer(w[1], w[2], kind, 2), *(Block(w[2], kind) for _ in range(blocks)))
+        self.bottleneck = nn.Conv2d(w[2], latent, 1)
+        up = [nn.Conv2d(latent, w[2], 3, padding=1), nn.ReLU()]
+        for source, target in ((w[2], w[1]), (w[1], w[0])):
+            up += [nn.ConvTranspose2d(source, target, 4, stride=2, padding=1), nn.ReLU()]
+        self.decoder = nn.Sequential(*up, nn.ConvTranspose2d(w[0], 3, 4, stride=2, padding=1))
+        self.raise_second = nn.ConvTranspose2d(w[2], w[1], 2, stride=2)
+        self.join_second = layer(2 * w[1], w[1], kind)
+        self.raise_first = nn.ConvTranspose2d(w[1], w[0], 2, stride=2)
+        self.join_first = layer(2 * w[0], w[0], kind)
+        self.fine = nn.ConvTranspose2d(w[0], 1, 2, stride=2)
+        self.coarse = nn.ConvTranspose2d(latent, 1, 8, stride=8)
+        self.head = nn.Linear(size, size)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.eye(size))
+            self.head.bias.zero_()
+        self.head.requires_grad_(False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = image.permute(0, 3, 1, 2).to(self.head.weight.dtype) * (1 / 64) - 2
+        first = self.first(x)
+        second = self.second(first)
+        third = self.third(second)
+        code = self.bottleneck(third)
+        reconstruction = self.decoder(code)
+        y = self.join_second(torch.cat([second, self.raise_second(third)], dim=1))
+        y = self.join_first(torch.cat([first, self.raise_first(y)], dim=1))
+        heat = self.fine(y) + self.coarse(code)
+        error = torch.log((reconstruction - x).abs().mean(dim=(1, 2, 3)) + 1e-3)
+        highest = torch.logsumexp(heat.flatten(1), dim=1) - math.log(heat.shape[2] * heat.shape[3])
+        vector = torch.cat([code.mean(dim=(2, 3)), code.amax(dim=(2, 3)), error[:, None], highest[:, None]], dim=1)
+        return reconstruction, heat, self.head(vector)
+
+
+def build_model(config: Config) -> nn.Module:
+    torch.manual_seed(0)
+    m = config.model
+    return AnomalyNet(m.width, m.blocks, m.latent, m.norm, latent_size(config))
