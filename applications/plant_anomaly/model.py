@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from applications.plant_anomaly.config import Config
 from applications.plant_anomaly.pipeline import latent_size
@@ -40,6 +41,21 @@ class Block(nn.Module):
         return torch.relu(x + self.second(self.first(x)))
 
 
+class Whitening(nn.Module):
+    """A linear layer that no gradient changes."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.eye(size))
+        self.register_buffer("bias", torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
 class AnomalyNet(nn.Module):
     """image (N, S, S, 3) uint8 -> reconstruction (N, 3, S, S), heat (N, 1, S, S), latent (N, D)."""
 
@@ -60,11 +76,7 @@ class AnomalyNet(nn.Module):
         self.join_first = layer(2 * w[0], w[0], kind)
         self.fine = nn.ConvTranspose2d(w[0], 1, 2, stride=2)
         self.coarse = nn.ConvTranspose2d(latent, 1, 8, stride=8)
-        self.head = nn.Linear(size, size)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.eye(size))
-            self.head.bias.zero_()
-        self.head.requires_grad_(False)
+        self.head = Whitening(size)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = image.permute(0, 3, 1, 2).to(self.head.weight.dtype) * (1 / 64) - 2
