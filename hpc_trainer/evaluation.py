@@ -15,7 +15,7 @@ from fl_core.learning.examples import Examples
 from hpc_trainer import spatial
 from hpc_trainer.layout import Layout
 from hpc_trainer.processes import Processes
-from hpc_trainer.step import Batch, Step, forward, on_device
+from hpc_trainer.step import Batch, Step, on_device
 
 
 class Evaluation:
@@ -37,7 +37,7 @@ class Evaluation:
                 chunk = np.arange(start, min(start + size, len(examples)))
                 mine = np.array_split(chunk, self.layout.shares)[self.layout.share]
                 batch = self._batch(examples, mine, dtype)
-                found = forward(self.step.placement.module, batch.inputs, self.config)
+                found = self.step.placement.outputs(batch.inputs, self.config)
                 found = found if isinstance(found, tuple) else (found,)
                 if len(mine):
                     loss = self.step.loss_function(found if len(found) > 1 else found[0], batch.targets, self.config)

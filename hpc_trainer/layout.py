@@ -16,9 +16,10 @@ from fl_core.contracts.sections import PretrainConfig
 
 # The outermost first: neighbours in the last dimension are neighbouring ranks, on one node where that is possible.
 # Processes along SAMPLES have different samples of a batch, along ``spatial`` different parts of each of them: the
-# gradients of all these add up. Along ``tensor`` they have different channels of the layers.
+# gradients of all these add up. Along ``pipeline`` they have different layers, along ``tensor`` different channels of the layers.
 SAMPLES = ("replicate", "data", "shard")
-DIMENSIONS = (*SAMPLES, "spatial", "tensor")
+DIMENSIONS = (*SAMPLES, "spatial", "pipeline", "tensor")
+PARTS = ("spatial", "pipeline", "tensor")  # processes with the same samples
 REST = {"ddp": "data", "fsdp": "shard", "hsdp": "shard"}  # takes the processes that pretrain.mesh does not speak of
 
 
@@ -61,6 +62,7 @@ class Layout:
     summed: the group whose losses and gradients add up, all samples and all parts of them; None = alone.
     samples: those of ``summed`` that have the same part of other samples; None = alone.
     spatial: those that have other parts of the same samples; None where samples are whole.
+    pipeline: those that have other layers, and see the same samples one after the other; None where models are whole.
     tensor: those that have other channels of the layers, and the same samples; None where layers are whole.
     sharded: parameters lie in pieces on the processes whose gradients add up.
     """
@@ -71,6 +73,7 @@ class Layout:
     summed: ProcessGroup | None = None
     samples: ProcessGroup | None = None
     spatial: ProcessGroup | None = None
+    pipeline: ProcessGroup | None = None
     tensor: ProcessGroup | None = None
 
     def is_split(self, *dimensions: str) -> bool:
@@ -96,16 +99,16 @@ def arrange(config: PretrainConfig, rank: int, world: int, device: str = "cpu") 
     """Collective: makes the groups of a mesh of several dimensions."""
     sizes = mesh_sizes(config, world)
     cut = sizes["shard"] * (sizes["spatial"] if config.parallel != "ddp" else 1)
-    layout = Layout(sizes=sizes, share=rank // (sizes["spatial"] * sizes["tensor"]), sharded=cut > 1)
+    layout = Layout(sizes=sizes, share=rank // math.prod(sizes[d] for d in PARTS), sharded=cut > 1)
     if world == 1:
         return layout
-    if not layout.is_split("spatial", "tensor"):
+    if not layout.is_split(*PARTS):
         return replace(layout, summed=dist.group.WORLD, samples=dist.group.WORLD)
-    shape = (layout.shares, sizes["spatial"], sizes["tensor"])
-    mesh = init_device_mesh(device, shape, mesh_dim_names=("samples", "spatial", "tensor"))
+    shape = (layout.shares, *(sizes[d] for d in PARTS))
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("samples", *PARTS))
     summed = mesh["samples", "spatial"]._flatten("summed")
-    samples, spatial, tensor = (_group(mesh[name]) for name in ("samples", "spatial", "tensor"))
-    return replace(layout, summed=_group(summed), samples=samples, spatial=spatial, tensor=tensor)
+    samples, spatial, pipeline, tensor = (_group(mesh[name]) for name in ("samples", *PARTS))
+    return replace(layout, summed=_group(summed), samples=samples, spatial=spatial, pipeline=pipeline, tensor=tensor)
 
 
 def _group(mesh: DeviceMesh) -> ProcessGroup | None:

@@ -11,7 +11,8 @@ from torch import nn
 from fl_core.contracts.errors import ConfigError
 from fl_core.learning.normalization import GHOST_BATCH
 from hpc_trainer.batch_norm import normalises_by_batch
-from hpc_trainer.layout import Layout
+from hpc_trainer.dropout import KINDS as DROPOUTS
+from hpc_trainer.layout import PARTS, Layout
 
 ELEMENTWISE = ("sgd", "adamw")  # optimisers that treat each element alone, and so may hold any part of a parameter
 OTHER_NORM = "set model.norm=ghost or model.norm=group"
@@ -20,31 +21,47 @@ OTHER_NORM = "set model.norm=ghost or model.norm=group"
 def refuse_arrangement(config: Any, sizes: Mapping[str, int]) -> None:
     """What the launching process can refuse already."""
     name, pretrain = config.optimizer.name, config.pretrain
-    spatial, tensor, whole = sizes["spatial"] > 1, sizes["tensor"] > 1, pretrain.parallel == "ddp"
-    cut = sizes["shard"] > 1 or tensor or (spatial and not whole)
+    used, whole = [d for d in PARTS if sizes[d] > 1], pretrain.parallel == "ddp"
+    cut = sizes["shard"] > 1 or (used and used != ["spatial"]) or (used and not whole)
     if cut and name not in ELEMENTWISE:
         raise ConfigError(
-            f"optimizer.name = {name!r} needs whole parameters, which {'tensor parallelism' if tensor else 'sharding'} cuts",
-            remedy=f"set pretrain.parallel=ddp without a tensor dimension, or one of {', '.join(ELEMENTWISE)}",
+            f"optimizer.name = {name!r} needs whole parameters of the whole model, which this arrangement cuts",
+            remedy=f"set pretrain.parallel=ddp and pretrain.mesh='', or one of {', '.join(ELEMENTWISE)}",
         )
-    if spatial and name == "kfac":
+    if used and name == "kfac":
         raise ConfigError(
             "optimizer.name = 'kfac' measures whole activations, which spatial parallelism cuts",
             remedy="choose another optimiser, or no spatial dimension in pretrain.mesh",
         )
-    for dimension in ("spatial", "tensor"):
-        if sizes[dimension] > 1 and pretrain.compile:
-            raise ConfigError(f"pretrain.compile and a {dimension} dimension in pretrain.mesh exclude each other")
-    if tensor and spatial:
+    if len(used) > 1:
         raise ConfigError(
-            "pretrain.mesh: tensor and spatial exclude each other",
-            remedy="cut volumes (spatial) where activations are too large, and shard parameters with pretrain.parallel=fsdp",
+            f"pretrain.mesh: {' and '.join(used)} exclude each other",
+            remedy="each goes with data parallelism; spatial with pretrain.parallel=fsdp too, which cuts parameters",
         )
-    if tensor and not whole:
+    if used and used != ["spatial"] and not whole:
         raise ConfigError(
-            f"pretrain.parallel = {pretrain.parallel!r} and a tensor dimension in pretrain.mesh exclude each other",
-            remedy="set pretrain.parallel=ddp, or leave tensor out: fsdp cuts parameters too",
+            f"pretrain.parallel = {pretrain.parallel!r} and a {used[0]} dimension in pretrain.mesh exclude each other",
+            remedy=f"set pretrain.parallel=ddp, or leave {used[0]} out",
         )
+    if used and pretrain.compile:
+        raise ConfigError(f"pretrain.compile and a {used[0]} dimension in pretrain.mesh exclude each other")
+    if sizes["pipeline"] > 1:
+        refuse_in_stages(config)
+
+
+def refuse_in_stages(config: Any) -> None:
+    """Stages are traced: what acts from outside of the graph cannot be in them."""
+    pretrain = config.pretrain
+    if config.model.norm in ("batch", "ghost"):
+        raise ConfigError(
+            f"model.norm = {config.model.norm!r}: pipeline stages see one micro-batch at a time",
+            remedy="set model.norm=group, or leave pipeline out of pretrain.mesh",
+        )
+    for key, off in (("activation_checkpointing", False), ("precision", "full")):
+        if getattr(pretrain, key) != off:
+            raise ConfigError(
+                f"pretrain.{key} = {getattr(pretrain, key)!r} and a pipeline dimension in pretrain.mesh exclude each other"
+            )
 
 
 def refuse_what_breaks_integrity(
@@ -52,6 +69,10 @@ def refuse_what_breaks_integrity(
 ) -> None:
     """Raises ConfigError before any work starts."""
     refuse_arrangement(config, layout.sizes)
+    if layout.sizes["pipeline"] > 1 and any(type(m) in DROPOUTS and m.p > 0 for m in model.modules()):  # type: ignore[operator]
+        raise ConfigError(
+            "dropout and a pipeline dimension in pretrain.mesh exclude each other", remedy="set dropout to 0"
+        )
     batch_norm = any(normalises_by_batch(m) for m in model.modules())
     pretrain = config.pretrain
     if batch_norm and micro_batches > 1:

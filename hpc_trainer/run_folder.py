@@ -35,7 +35,7 @@ PROGRESS = "progress"
 KEPT = 2
 # Keys of [pretrain] that decide where and how fast the same training runs; a run may go on with others.
 FREE = (
-    *("parallel", "mesh", "spatial_axis", "micro_batch", "activation_checkpointing", "compile"),
+    *("parallel", "mesh", "spatial_axis", "schedule_of_stages", "micro_batch", "activation_checkpointing", "compile"),
     *("checkpoint_every", "checkpoint_steps"),
 )
 

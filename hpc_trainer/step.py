@@ -25,7 +25,8 @@ from fl_core.learning.normalization import GHOST_BATCH, GhostBatchNorm
 from fl_core.learning.torch_arrays import tensors
 from hpc_trainer import phases
 from hpc_trainer.layout import Layout
-from hpc_trainer.placement.base import Placement
+from hpc_trainer.placement.base import Placement, forward
+from hpc_trainer.placement.stages import Staged
 from hpc_trainer.recipe import Recipe, global_sum
 from hpc_trainer.sampler import largest_share
 
@@ -50,8 +51,15 @@ class Batches:
         self.augment = application.augment_function()
         self.unit = GHOST_BATCH if config.model.norm == "ghost" else 1
         largest = largest_share(config.pretrain.batch_size, layout.shares, self.unit)
-        self.size = config.pretrain.micro_batch or largest
-        self.count = -(-largest // self.size)
+        stages = layout.sizes["pipeline"]
+        # four micro-batches a stage keep a pipeline busy for all but a fifth of the time (Huang et al. 2019)
+        self.size = config.pretrain.micro_batch or (largest if stages == 1 else -(-largest // (4 * stages)))
+        self.count = max(-(-largest // self.size), stages)
+
+    def example(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Inputs of one whole micro-batch."""
+        chosen = self.data.take(np.arange(self.size) % len(self.data))
+        return on_device(self.application, self.config, chosen, device, dtype)[0]
 
     def __call__(self, epoch: int, index: Index, device: torch.device, dtype: torch.dtype) -> list[Batch]:
         parts = [index[i * self.size : (i + 1) * self.size] for i in range(self.count)]
@@ -98,6 +106,9 @@ class Step:
         """Gradients of the global loss are in place; returns (numerator, denominator, processes that want to stop)."""
         sums = torch.zeros(3, dtype=torch.float64, device=batches[0].targets.device)
         sums[2] = float(stop)
+        if isinstance(self.placement, Staged):
+            self._in_stages(self.placement, batches, sums)
+            return sums
         for number, batch in enumerate(batches):
             with self.placement.accumulating(last=number == len(batches) - 1), micro_batch(facts(batch)):
                 numerator, denominator = self.loss(self.placement.module, batch)
@@ -114,10 +125,31 @@ class Step:
         self._settle_ghosts()
         return sums
 
+    def _in_stages(self, placement: Staged, batches: list[Batch], sums: Tensor) -> None:
+        """The last stage has the losses."""
+
+        def differentiated(outputs: Any, number: int) -> Tensor:
+            batch = batches[number]
+            seen = slice(max(1, batch.real))
+            shown = tuple(o[seen] for o in outputs) if isinstance(outputs, tuple) else outputs[seen]
+            numerator, denominator = self.loss_function(shown, batch.targets, self.config)
+            weight = float(batch.real > 0)
+            sums[:2] += weight * torch.stack([numerator.detach(), denominator.detach()])
+            weighted: Tensor = numerator * weight
+            return weighted
+
+        with self.phase(phases.BACKWARD):
+            placement.run([batch.inputs for batch in batches], differentiated)
+        self.own = sums[0].clone()
+        self._total(sums)
+        placement.scale_gradients(1 / sums[1])
+
     def _total(self, sums: Tensor) -> None:
         with self.phase(phases.COMMUNICATION):
             layout = self.placement.layout
             self.recipe.total(sums, layout.summed)
+            if layout.pipeline is not None:
+                dist.all_reduce(sums, group=layout.pipeline)
             if layout.tensor is not None:  # the same losses; but one process may have been told to stop
                 dist.all_reduce(sums[2:], group=layout.tensor)
 
@@ -148,12 +180,3 @@ class Step:
 
 def facts(batch: Batch) -> MicroBatch:
     return MicroBatch(real=None if batch.real else 0, keys=batch.keys)
-
-
-def forward(module: nn.Module, inputs: tuple[Tensor, ...], config: Any) -> Any:
-    """Outputs in full precision, computed in the configured one."""
-    if config.pretrain.precision == "full":
-        return module(*inputs)
-    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
-        outputs = module(*inputs)
-    return tuple(o.float() for o in outputs) if isinstance(outputs, tuple) else outputs.float()

@@ -91,8 +91,10 @@ class Trainer:
         self.model: nn.Module = application.build_model(config).to(device=processes.device, dtype=dtype)
         refuse_what_breaks_integrity(self.model, config, self.layout, self.batches.count, dtype)
         recipe.synchronise(key_dropout(self.model), self.layout.summed)
-        self.placement = place(self.model, config, self.layout)
-        self.optimizer = build_optimizer(self.model, config.optimizer, self.layout.summed)
+        self.placement = place(
+            self.model, config, self.layout, lambda: self.batches.example(processes.device, dtype), self.batches.count
+        )
+        self.optimizer = build_optimizer(self.placement.model, config.optimizer, self.layout.summed)
         self.base_lr = config.pretrain.lr or config.optimizer.lr
         self.average = ModelAverage(config.pretrain.average_last, config.pretrain.epochs)
         self.one_step = Step(application, config, self.placement, recipe, phase)
@@ -203,7 +205,8 @@ class Trainer:
 
     def _save(self, metrics: dict[str, float]) -> None:
         with self.phase(phases.CHECKPOINT):  # every process: state that is spread is gathered
-            state = {**optimizer_state.save(self.optimizer, self.placement.whole), **self.average.save()}
+            found = optimizer_state.save(self.optimizer, self.placement.whole)
+            state = {**self.placement.state_of_all(found), **self.average.save()}
             self.folder.save(self.progress, self.placement.arrays(), state, metrics)
 
     def _finish(self) -> Path:
@@ -216,7 +219,7 @@ class Trainer:
         if found is None:
             return Progress(epoch=0)
         self.placement.load(found.arrays, origin=found.origin)
-        optimizer_state.load(self.optimizer, found.state, self.placement.part)
+        optimizer_state.load(self.optimizer, self.placement.state_of_mine(found.state), self.placement.part)
         self.average.load(found.state)
         return found.progress
 

@@ -29,15 +29,14 @@ def fill(logits: Tensor, fraction: Tensor) -> Tensor:
     The shift is found by bisection without gradients; the Newton steps that end it carry the gradient of the constraint.
     """
     wanted = fraction.reshape(-1, 1, 1, 1).to(logits.dtype)
-    with torch.no_grad():
-        fixed = logits.detach()
-        low = torch.zeros_like(wanted) - SHIFT_RANGE
-        high = torch.zeros_like(wanted) + SHIFT_RANGE
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            over = torch.sigmoid(fixed + middle).mean(dim=(1, 2, 3), keepdim=True) > wanted
-            high = torch.where(over, middle, high)
-            low = torch.where(over, low, middle)
+    fixed = logits.detach()  # and so nothing here is kept for gradients
+    low = torch.zeros_like(wanted) - SHIFT_RANGE
+    high = torch.zeros_like(wanted) + SHIFT_RANGE
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        over = torch.sigmoid(fixed + middle).mean(dim=(1, 2, 3), keepdim=True) > wanted
+        high = torch.where(over, middle, high)
+        low = torch.where(over, low, middle)
     shift = (low + high) / 2
     for _ in range(NEWTON_STEPS):
         density = torch.sigmoid(logits + shift)

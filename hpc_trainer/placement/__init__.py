@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hpc_trainer.layout import Layout
 from hpc_trainer.placement.base import Placement
 from hpc_trainer.placement.blocks import recompute_activations
 from hpc_trainer.placement.channels import Channelled
 from hpc_trainer.placement.sharded import Sharded
+from hpc_trainer.placement.stages import Staged
 from hpc_trainer.spatial import split_space
 
 
-def place(model: nn.Module, config: Any, layout: Layout) -> Placement:
-    """By the dimensions of the mesh that have more than one process."""
+def place(
+    model: nn.Module, config: Any, layout: Layout, example: Callable[[], tuple[Tensor, ...]], count: int
+) -> Placement:
+    """By the dimensions of the mesh that have more than one process; ``count`` micro-batches like ``example``."""
     if config.pretrain.activation_checkpointing:
         recompute_activations(model)
     if config.pretrain.compile:
@@ -25,4 +29,6 @@ def place(model: nn.Module, config: Any, layout: Layout) -> Placement:
         split_space(model, layout.spatial, axis=axis, batch=layout.summed, samples=layout.samples)
     if layout.tensor is not None:
         return Channelled(model, layout)
+    if layout.pipeline is not None:
+        return Staged(model, layout, example(), count, config.pretrain.schedule_of_stages)
     return Sharded(model, layout) if layout.sharded else Placement(model, layout)

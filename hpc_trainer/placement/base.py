@@ -47,6 +47,10 @@ class Placement:
         wrapped.register_comm_hook(self.layout.summed, sum_gradients)
         return wrapped
 
+    def outputs(self, inputs: tuple[Tensor, ...], config: Any) -> Any:
+        """Of this process's samples, without a loss."""
+        return forward(self.module, inputs, config)
+
     def accumulating(self, *, last: bool) -> AbstractContextManager[None]:
         """Around the passes of one micro-batch; gradients are summed over processes with the last one."""
         if last or not isinstance(self.module, DistributedDataParallel):
@@ -77,7 +81,7 @@ class Placement:
         """Whole arrays by name. Raises IntegrityError naming ``origin`` and the array that does not fit."""
         check_like(arrays, self.arrays(), origin=origin)
         with torch.no_grad():
-            for name, tensor in self.model.state_dict(keep_vars=True).items():
+            for name, tensor in self.model.state_dict(keep_vars=True).items():  # of a stage: its own alone
                 tensor.copy_(self.part(torch.from_numpy(np.array(arrays[name])), tensor))
 
     def whole(self, tensor: Tensor, parameter: Tensor) -> npt.NDArray[Any]:
@@ -87,3 +91,20 @@ class Placement:
     def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
         """What this process keeps of ``whole``, as it keeps of ``parameter``."""
         return whole
+
+    def state_of_all(self, table: Table) -> Table:
+        """This process's table of ``optimizer_state`` -> the whole model's; collective."""
+        return table
+
+    def state_of_mine(self, table: Arrays) -> Arrays:
+        """The whole model's table of ``optimizer_state`` -> this process's."""
+        return table
+
+
+def forward(module: nn.Module, inputs: tuple[Tensor, ...], config: Any) -> Any:
+    """Outputs in full precision, computed in the configured one."""
+    if config.pretrain.precision == "full":
+        return module(*inputs)
+    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
+        outputs = module(*inputs)
+    return tuple(o.float() for o in outputs) if isinstance(outputs, tuple) else outputs.float()

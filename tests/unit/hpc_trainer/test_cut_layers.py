@@ -94,9 +94,12 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh: str, world: int, message: str
         ("spatial=2", "optimizer.name=kfac", "spatial"),
         ("spatial=2", "pretrain.compile=true", "spatial"),
         ("tensor=2", "pretrain.compile=true", "tensor"),
-        ("tensor=2", "optimizer.name=lamb", "tensor parallelism cuts"),
+        ("tensor=2", "optimizer.name=lamb", "whole parameters"),
         ("tensor=2", "pretrain.parallel=fsdp", "tensor.*exclude each other"),
-        ("tensor=2,spatial=2", "pretrain.parallel=ddp", "tensor and spatial exclude"),
+        ("tensor=2,spatial=2", "pretrain.parallel=ddp", "spatial and tensor exclude"),
+        ("pipeline=2,spatial=2", "model.norm=group", "spatial and pipeline exclude"),
+        ("pipeline=2", "model.norm=batch", "one micro-batch at a time\n.*model.norm=group"),
+        ("pipeline=2", "pretrain.parallel=hsdp", "pipeline.*exclude each other"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_the_start(mesh: str, override: str, message: str) -> None:
