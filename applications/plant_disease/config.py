@@ -55,7 +55,25 @@ class DataConfig:
         0.3, low=0.0, high=1.0, help="augmentation: share of images whose plain background is replaced"
     )
 
+    copies: tuple[str, ...] = sequence(
+        (),
+        help="balanced sampling: DOMAIN:N has a pass of training see each image of that domain N times, differently augmented",
+    )
+
+    def copies_of(self) -> dict[str, int]:
+        """Domain -> how often a pass of training sees its images. Raises ConfigError."""
+        found = {}
+        for entry in self.copies:
+            domain, _, count = entry.rpartition(":")
+            if not domain or not count.isdigit() or not 1 <= int(count) <= 100:
+                raise ConfigError(
+                    f"data.copies: {entry!r} is not accepted", remedy="write DOMAIN:N with N from 1 to 100"
+                )
+            found[domain] = int(count)
+        return found
+
     def __post_init__(self) -> None:
+        self.copies_of()
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes) or not all(self.classes):
             raise ConfigError(f"data.classes = {list(self.classes)} must be at least two different names")
 

@@ -100,10 +100,14 @@ class Leaves:
             "domain": [f.domain for f in facts],
             "site": [f.site for f in facts],
         }
+        copies = cfg.data.copies_of()
         return Examples(
             {"image": images},
             np.array([number[f.label] for f in facts], np.int64),
-            {name: np.array(values, dtype=np.str_) for name, values in columns.items()},
+            {
+                **{name: np.array(values, dtype=np.str_) for name, values in columns.items()},
+                "copies": np.array([copies.get(f.domain, 1) for f in facts], np.int64),
+            },
         )
 
     def _check_labels(self, known: Collection[str]) -> None:

@@ -14,12 +14,13 @@ MAX_GROUPS = 64  # a report of more parts than this is no longer read
 
 
 def metrics(config: Config, outputs: Outputs, examples: Examples) -> dict[str, float]:
-    """Of no example there is nothing to say: both are left out."""
+    """Of no example there is nothing to say: all are left out. balanced_accuracy: the mean recall of the classes that occur."""
     truth = examples.targets
     prediction = np.asarray(outputs["logits"]).argmax(axis=1) if len(truth) else truth
     return scores.defined(
         accuracy=scores.accuracy(truth, prediction),
         f1_macro=scores.f1_macro(truth, prediction),
+        balanced_accuracy=scores.balanced_accuracy(truth, prediction),
     )
 
 

@@ -20,7 +20,7 @@ class Examples:
     inputs: name -> array, exactly what the model (torch or ONNX) is fed.
     targets: what the loss and the metrics compare with.
     columns: at least ``example_id`` (str), ``client`` (str) and ``group`` (str: never split a group); optionally
-        ``trainable`` (bool: false = scored, never learned from).
+        ``trainable`` (bool: false = scored, never learned from) and ``copies`` (int: how often a pass of training sees it).
     """
 
     inputs: Mapping[str, Array]

@@ -44,10 +44,15 @@ def split_groups(examples: Examples, fraction: float, seed: int) -> tuple[Exampl
 
 
 def trainable(examples: Examples) -> Examples:
-    """Without the examples whose optional column ``trainable`` is false: those are scored, never learned from."""
-    if "trainable" not in examples.columns:
-        return examples
-    return examples.take(examples.columns["trainable"].astype(bool))
+    """Without the examples whose optional column ``trainable`` is false: those are scored, never learned from.
+
+    With an optional column ``copies``, each as many times as it says: a pass over the data sees rare ones more often.
+    """
+    if "trainable" in examples.columns:
+        examples = examples.take(examples.columns["trainable"].astype(bool))
+    if "copies" in examples.columns and (examples.columns["copies"] != 1).any():
+        examples = examples.take(np.repeat(np.arange(len(examples)), examples.columns["copies"]))
+    return examples
 
 
 def client_data(examples: Examples, client: str, fraction: float, seed: int) -> ClientData:

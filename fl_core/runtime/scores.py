@@ -91,6 +91,12 @@ def f1(truth: Labels, prediction: Labels, label: object = 1) -> float | None:
     return _ratio(2 * tp, predicted + actual) if len(np.asarray(truth)) else None
 
 
+def balanced_accuracy(truth: Labels, prediction: Labels) -> float | None:
+    """Plain mean of the recall of every label that occurs in the truth."""
+    values = [recall(truth, prediction, label) for label in np.unique(np.asarray(truth)).tolist()]
+    return float(np.mean([v for v in values if v is not None])) if values else None
+
+
 def f1_macro(truth: Labels, prediction: Labels) -> float | None:
     """Plain mean of the F1 of every label that occurs, in the truth or in the prediction."""
     labels = np.union1d(np.asarray(truth), np.asarray(prediction))

@@ -14,15 +14,20 @@ import pytest
 import torch
 from PIL import Image
 
-from applications.plant_disease import APPLICATION, augment, clients, data, leaves
+from applications.plant_disease import APPLICATION, augment, clients, data, leaves, transfer
 from applications.plant_disease.clients import Facts
 from applications.plant_disease.config import MAIZE, Config
 from applications.plant_disease.data import Leaves
+from fl_core.contracts import checkpoint as checkpoints
+from fl_core.contracts.checkpoint import Checkpoint
+from fl_core.contracts.config import to_table
 from fl_core.contracts.errors import ConfigError, DataError
 from fl_core.imagery import photographs
+from fl_core.contracts.manifests import CheckpointManifest
 from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
 from fl_core.learning.partition import split_clients, split_groups
+from fl_core.learning.torch_arrays import get_arrays
 
 CONFIG: Config = APPLICATION.configure(["data.clients=5", "data.images_per_client=8", "data.image_size=48"])
 
@@ -385,3 +390,31 @@ def test_metrics_and_predictions_by_name(examples: Examples) -> None:
     nothing = examples.take(np.zeros(0, int))
     assert APPLICATION.metrics(CONFIG, {"logits": logits[:0]}, nothing) == {}
     assert len(APPLICATION.postprocess(CONFIG, {"logits": logits[:0]})["prediction"]) == 0
+
+
+def test_balanced_sampling_repeats_a_domain_in_training_alone(made: Leaves) -> None:
+    config = APPLICATION.configure(["data.image_size=48", 'data.copies=["field:3"]'])
+    examples = made.examples(config)
+    train, validation = split_groups(examples, 0.3, 0)
+    ids = Counter(train.columns["example_id"].tolist())
+    domain = dict(zip(examples.columns["example_id"].tolist(), examples.columns["domain"].tolist(), strict=True))
+    assert {(domain[k], n) for k, n in ids.items()} == {("field", 3), ("lab", 1)}
+    assert max(Counter(validation.columns["example_id"].tolist()).values()) == 1
+    with pytest.raises(ConfigError, match="DOMAIN:N"):
+        APPLICATION.configure(['data.copies=["field"]'])
+
+
+def test_a_model_of_one_crop_starts_another(tmp_path: Path) -> None:
+    model = APPLICATION.build_model(CONFIG)
+    parent = Checkpoint(
+        CheckpointManifest(application="plant_disease", config=to_table(CONFIG), stage="pretrain"), get_arrays(model)
+    )
+    first = parent.save(tmp_path / "maize")
+    classes = 'data.classes=["early_blight", "healthy"]'
+    assert transfer.main([str(tmp_path / "maize"), "--out", str(tmp_path / "tomato"), "--set", classes]) == 0
+    found = checkpoints.load(tmp_path / "tomato")
+    assert found.manifest.parent_sha256 == first.model_sha256
+    assert found.arrays["head.weight"].shape[0] == 2
+    assert not found.arrays["head.weight"].any()
+    assert all((found.arrays[k] == v).all() for k, v in parent.arrays.items() if not k.startswith("head."))
+    assert transfer.main([str(tmp_path / "maize"), "--out", str(tmp_path / "x"), "--set", "model.width=8"]) == 2

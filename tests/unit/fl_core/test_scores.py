@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -39,6 +41,9 @@ def test_label_scores_equal_scikit_learn(pair: tuple[list[int], list[int]]) -> N
     y, p = pair
     assert scores.accuracy(y, p) == pytest.approx(reference.accuracy_score(y, p))
     assert scores.f1_macro(y, p) == pytest.approx(reference.f1_score(y, p, average="macro", zero_division=0))
+    with warnings.catch_warnings():  # of a label that occurs in the prediction alone
+        warnings.simplefilter("ignore", UserWarning)
+        assert scores.balanced_accuracy(y, p) == pytest.approx(reference.balanced_accuracy_score(y, p))
     y1, p1 = [int(v == 1) for v in y], [int(v == 1) for v in p]
     assert scores.f1(y, p) == pytest.approx(reference.f1_score(y1, p1, zero_division=0))
     assert scores.precision(y, p) == pytest.approx(reference.precision_score(y1, p1, zero_division=0))
