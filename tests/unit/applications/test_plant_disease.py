@@ -22,8 +22,8 @@ from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.config import to_table
 from fl_core.contracts.errors import ConfigError, DataError
-from fl_core.imagery import photographs
 from fl_core.contracts.manifests import CheckpointManifest
+from fl_core.imagery import photographs
 from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
 from fl_core.learning.partition import split_clients, split_groups
