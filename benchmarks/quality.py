@@ -34,9 +34,11 @@ class Plan:
     """rounds: of the federation; presets: further rows, pooled, row -> preset of the application.
 
     conditions: further rows of the pooled and the federated model, row -> overrides under which it is judged again.
+    head: the last layer is then solved for by one round of ``statistics_head`` over the training clients.
     """
 
     rounds: int = 20
+    head: bool = False
     presets: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, str] = field(default_factory=dict)
 
@@ -54,7 +56,7 @@ PLANS = {
     ),
     "plant_disease": Plan(rounds=10),
     "plant_segmentation": Plan(rounds=20),
-    "plant_anomaly": Plan(rounds=20),
+    "plant_anomaly": Plan(rounds=20, head=True),
     "topology_optimisation": Plan(rounds=10),
     "seismic_facies": Plan(rounds=20, presets={"2-D twin": "twin"}),
 }
@@ -104,18 +106,28 @@ def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> Non
 
 def pooled(name: str, out: Path, common: list[str], seed: int, row: str, plan: Plan) -> Variants:
     call("pretrain", name, "--out", str(out / "pooled"), *common)
-    return judged_under(out / "pooled", common, seed, row, plan)
+    return judged_under(solved(name, out / "pooled", common, plan), common, seed, row, plan)
+
+
+def solved(name: str, model: Path, common: list[str], plan: Plan) -> Path:
+    """Where the plan says so, the same model with its last layer from the statistics of all training clients."""
+    if not plan.head:
+        return model
+    target = model.with_name(f"{model.name}-head")
+    begin = ["--from", str(model), "--rounds", "1", "--set", "algorithm.name=statistics_head"]
+    call("simulate", name, *begin, "--out", str(target), *common)
+    return target
 
 
 def federated(name: str, out: Path, rounds: int, common: list[str], seed: int, plan: Plan) -> Variants:
     call("pretrain", name, "--out", str(out / "centre"), *common, "--set", "pretrain.client_share=0.3")
     begin = ["--from", str(out / "centre"), "--rounds", str(rounds)]
     call("simulate", name, *begin, "--out", str(out / "global"), *common)
+    centre, final = (solved(name, out / m, common, plan) for m in ("centre", "global"))
     if not (out / "bundle").is_dir():  # it is there as a whole, or not at all
-        call("export", str(out / "global"), "--out", str(out / "bundle"))
-    rows = {"centre only": "centre", "on the device": "bundle"}
-    found = {row: judged(out / folder, common, seed) for row, folder in rows.items()}
-    return found | judged_under(out / "global", common, seed, "federated", plan)
+        call("export", str(final), "--out", str(out / "bundle"))
+    found = {"centre only": judged(centre, common, seed), "on the device": judged(out / "bundle", common, seed)}
+    return found | judged_under(final, common, seed, "federated", plan)
 
 
 def judged_under(model: Path, common: list[str], seed: int, row: str, plan: Plan) -> Variants:

@@ -26,6 +26,7 @@ APPLICATION = Application(
     model="applications.plant_disease.model:build_model",
     loss="applications.plant_disease.loss:loss",
     augment="applications.plant_disease.augment:augment",
+    floor="applications.plant_disease.floor:random_forest",
     samples=SAMPLES,
     verify=(
         *("model.width=8", "model.class_weights=[0.2, 1.0, 4.0, 1.5]"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from applications.plant_disease import APPLICATION, augment, clients, data, leaves, transfer
+from applications.plant_disease import APPLICATION, augment, clients, data, floor, leaves, review, transfer
 from applications.plant_disease.clients import Facts
 from applications.plant_disease.config import MAIZE, Config
 from applications.plant_disease.data import Leaves
@@ -28,6 +28,7 @@ from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
 from fl_core.learning.partition import split_clients, split_groups
 from fl_core.learning.torch_arrays import get_arrays
+from hpc_trainer.performance.estimate import estimate
 
 CONFIG: Config = APPLICATION.configure(["data.clients=5", "data.images_per_client=8", "data.image_size=48"])
 
@@ -418,3 +419,28 @@ def test_a_model_of_one_crop_starts_another(tmp_path: Path) -> None:
     assert not found.arrays["head.weight"].any()
     assert all((found.arrays[k] == v).all() for k, v in parent.arrays.items() if not k.startswith("head."))
     assert transfer.main([str(tmp_path / "maize"), "--out", str(tmp_path / "x"), "--set", "model.width=8"]) == 2
+
+
+def test_the_floor_is_above_chance_on_sites_never_seen() -> None:
+    config = APPLICATION.configure(["data.clients=12", "data.images_per_client=20", "data.image_size=48"])
+    examples = APPLICATION.generate(config, 1).examples(config)
+    names = examples.clients()
+    train, test = examples.of_clients(names[:8]), examples.of_clients(names[8:])
+    (outputs,) = floor.random_forest(config, train, test, seed=0).values()
+    found = APPLICATION.metrics(config, outputs, test)
+    assert found["balanced_accuracy"] > 0.3
+
+
+def test_a_review_shows_errors_and_the_confusion_of_classes(made: Leaves, folder: Path, tmp_path: Path) -> None:
+    manifest = CheckpointManifest(application="plant_disease", config=to_table(CONFIG), stage="pretrain")
+    Checkpoint(manifest, get_arrays(APPLICATION.build_model(CONFIG))).save(tmp_path / "model")
+    assert review.main([str(tmp_path / "model"), "--data", str(folder), "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert np.sum(report["confusion"]) == report["images"] == 16
+    assert all((tmp_path / "out" / n).stat().st_size > 5_000 for n in ("confusion.png", "errors.png", "report.html"))
+
+
+def test_the_large_preset_is_large_and_its_memory_is_known() -> None:
+    found = estimate(APPLICATION, "large", ["pretrain.batch_size=2"], world=1, parallel="ddp")
+    assert found["parameters"] > 100_000_000
+    assert 3 * 4 * found["parameters"] < found["memory_bytes"]["total"] < 6 * 2**30
