@@ -32,6 +32,18 @@ class Batch:
 
 
 @dataclass
+class Course:
+    """All steps of all clients, client by client. rows: (N,) among the examples of the cohort; seeds: (N,) keys of
+    augmentation; sizes: of each step; steps: (K,) of each client.
+    """
+
+    rows: Integers
+    seeds: npt.NDArray[np.uint64] | None
+    sizes: Integers
+    steps: Integers
+
+
+@dataclass
 class Cohort:
     """positions: of the clients in the order that they were given, those with most steps first."""
 
@@ -95,17 +107,63 @@ class Cohort:
             found.append((order, keys[epoch]))
         return found
 
+    def course(self, request: Request, config: Any) -> Course:
+        """The same steps as ``batches`` has, in another order."""
+        if (self.counts == self.counts[0]).all():
+            return self._alike_course(request, config)
+        plans = [self._plan(client, request, config) for client in range(len(self))]
+        parts = [(order, key, first) for plan, first in zip(plans, self.first, strict=True) for order, key in plan]
+        seeds = None
+        if self.keyed:
+            seeds = np.concatenate([seeding.example_keys(key, order) for order, key, _ in parts])
+        return Course(
+            np.concatenate([order + first for order, _, first in parts]),
+            seeds,
+            np.array([len(order) for order, _, _ in parts], np.int64),
+            np.array([len(plan) for plan in plans], np.int64),
+        )
+
+    def _alike_course(self, request: Request, config: Any) -> Course:
+        count, size, seed, number = int(self.counts[0]), self.batch_size, request.seed, request.round
+        epochs = config.algorithm.local_epochs
+        each = [min(size, count - start) for start in range(0, count, size)] * epochs
+        sizes = np.array(each[: request.max_steps or None], np.int64)
+        orders = [permutations(order_keys(seed, number, self.names, epoch), count) for epoch in range(epochs)]
+        examples, seeds = int(sizes.sum()), None
+        if self.keyed:
+            keys = [
+                np.stack([
+                    seeding.example_keys(seeding.key(seed, "augment", number, name, epoch), row)
+                    for name, row in zip(self.names, order, strict=True)
+                ])
+                for epoch, order in enumerate(orders)
+            ]  # fmt: skip
+            seeds = np.concatenate(keys, axis=1)[:, :examples].reshape(-1)
+        rows = (np.concatenate(orders, axis=1) + self.first[:, None])[:, :examples]
+        return Course(rows.reshape(-1), seeds, np.tile(sizes, len(self)), np.full(len(self), len(sizes)))
+
     def take(
         self, batch: Batch, names: Sequence[str], augment: Callable[..., Any] | None, config: Any
     ) -> tuple[list[Tensor], Tensor]:
         """Inputs (K B, ...) in the order of ``names``, and targets (K, B, ...)."""
-        rows = torch.from_numpy(batch.rows.reshape(-1))
-        inputs = {name: array.index_select(0, rows) for name, array in self.inputs.items()}
-        if augment is not None and batch.seeds is not None:
-            made = augment({k: v.numpy() for k, v in inputs.items()}, batch.seeds.reshape(-1), config)
+        inputs, targets = self.rows(batch.rows.reshape(-1), batch.seeds, names, augment, config)
+        return inputs, targets.view(*batch.rows.shape, *targets.shape[1:])
+
+    def rows(
+        self,
+        rows: Integers,
+        seeds: npt.NDArray[np.uint64] | None,
+        names: Sequence[str],
+        augment: Callable[..., Any] | None,
+        config: Any,
+    ) -> tuple[list[Tensor], Tensor]:
+        """These examples, augmented: inputs in the order of ``names``, and targets."""
+        index = torch.from_numpy(rows)
+        inputs = {name: array.index_select(0, index) for name, array in self.inputs.items()}
+        if augment is not None and seeds is not None:
+            made = augment({k: v.numpy() for k, v in inputs.items()}, seeds.reshape(-1), config)
             inputs = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in made.items()}
-        targets = self.targets.index_select(0, rows)
-        return [inputs[name] for name in names], targets.view(*batch.rows.shape, *targets.shape[1:])
+        return [inputs[name] for name in names], self.targets.index_select(0, index)
 
 
 def gathered(names: Sequence[str], parts: Sequence[Examples], batch_size: int, *, keyed: bool = True) -> Cohort:

@@ -35,6 +35,7 @@ SIGNATURES = {  # i: integer, p: pointer, r: number of the arithmetic
     "cross_entropy": "iii pp r pp",
     "gru_forward": "p pppppppp",
     "gru_backward": "p pppppppppppppp rr",
+    "train": "ii p iiiiiii pppppppp rr",
 }
 OUT_OF_MEMORY = 1
 

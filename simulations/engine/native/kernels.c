@@ -14,6 +14,10 @@
 
 typedef int64_t Int;
 
+/* Of an operation of ``train``. */
+enum { LINEAR, CONV, POOL, RELU, MEAN, LAST, GRU };
+enum { KIND, IN, OUT, KEPT, D_IN, D_OUT, P0, P1, P2, P3, SIZES };
+
 #define REAL float
 #define INTEGER int32_t
 #define N(name) name##_f32

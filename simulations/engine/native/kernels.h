@@ -449,6 +449,113 @@ int N(gru_backward)(const N(Gru) *s, const REAL *x, const REAL *dy, REAL *w_in, 
     return 0;
 }
 
+/* Whole local updates: a chain of the kernels above with cross-entropy and plain SGD, client by client, so that a small model and
+ * its activations stay in the nearest cache from the first step to the last. An operation is FIELDS integers: its kind, places
+ * of values in ``room`` (in, out, kept, and gradients of in and out; in = -1: the examples), of parameters, and sizes. */
+
+INLINE N(Conv) N(conv_of)(const Int *s, Int batch) {
+    return (N(Conv)){1, batch, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], 0};
+}
+
+static int N(step_forward)(const Int *o, Int b, const REAL *data, REAL *w, REAL *room) {
+    const Int *s = o + SIZES;
+    const REAL *x = o[IN] < 0 ? data : room + o[IN], *bias = o[P1] < 0 ? 0 : w + o[P1];
+    REAL *y = room + o[OUT], *kept = room + o[KEPT];
+    switch (o[KIND]) {
+    case LINEAR: return N(linear_forward)(1, b * s[0], s[1], s[2], 0, x, w + o[P0], bias, y);
+    case CONV: {
+        const N(Conv) c = N(conv_of)(s, b);
+        return N(conv_forward)(&c, x, w + o[P0], bias, y);
+    }
+    case POOL: return N(pool_forward)(b, s[0], s[1], s[2], s[3], s[4], s[5], s[6], x, y, (int32_t *)kept);
+    case RELU:
+        for (Int i = 0; i < b * s[0]; i++) y[i] = x[i] <= 0 ? 0 : x[i];
+        return 0;
+    case MEAN:
+        for (Int i = 0; i < b; i++) {
+            N(column_sums)(s[0], s[1], x + i * s[0] * s[1], s[1], y + i * s[1]);
+            for (Int c = 0; c < s[1]; c++) y[i * s[1] + c] /= (REAL)s[0];
+        }
+        return 0;
+    case LAST:
+        for (Int i = 0; i < b; i++)
+            memcpy(y + i * s[1], x + (i * s[0] + s[2]) * s[1], (size_t)s[1] * sizeof(REAL));
+        return 0;
+    default: { /* GRU: gates, inner and states lie behind each other */
+        const N(Gru) g = {1, b, s[0], s[1], s[2], 0};
+        REAL *inner = kept + b * s[0] * 3 * s[2], *states = inner + b * s[0] * s[2];
+        const int code = N(gru_forward)(&g, x, w + o[P0], w + o[P1], w + o[P2], w + o[P3], kept, inner, states);
+        for (Int i = 0; i < b; i++)
+            for (Int t = 0; t < s[0]; t++)
+                memcpy(y + (i * s[0] + t) * s[2], states + ((t + 1) * b + i) * s[2], (size_t)s[2] * sizeof(REAL));
+        return code;
+    }
+    }
+}
+
+static int N(step_backward)(const Int *o, Int b, const REAL *data, REAL *w, REAL *room, REAL rate, REAL keep) {
+    const Int *s = o + SIZES;
+    const REAL *x = o[IN] < 0 ? data : room + o[IN], *y = room + o[OUT];
+    REAL *dy = room + o[D_OUT], *dx = o[D_IN] < 0 ? 0 : room + o[D_IN], *kept = room + o[KEPT];
+    REAL *bias = o[P1] < 0 ? 0 : w + o[P1];
+    switch (o[KIND]) {
+    case LINEAR: return N(linear_backward)(1, b * s[0], s[1], s[2], 0, x, dy, w + o[P0], bias, 0, 0, dx, rate, keep);
+    case CONV: {
+        const N(Conv) c = N(conv_of)(s, b);
+        return N(conv_backward)(&c, x, dy, w + o[P0], bias, 0, 0, dx, rate, keep);
+    }
+    case POOL: return N(pool_backward)(b, s[0], s[1], s[2], s[3], s[4], s[5], s[6], dy, y, (const int32_t *)kept, dx);
+    case RELU:
+        for (Int i = 0; i < b * s[0]; i++) dx[i] = y[i] <= 0 ? 0 : dy[i];
+        return 0;
+    case MEAN:
+        for (Int i = 0; i < b * s[0]; i++)
+            for (Int c = 0; c < s[1]; c++) dx[i * s[1] + c] = dy[i / s[0] * s[1] + c] / (REAL)s[0];
+        return 0;
+    case LAST:
+        memset(dx, 0, (size_t)(b * s[0] * s[1]) * sizeof(REAL));
+        for (Int i = 0; i < b; i++)
+            memcpy(dx + (i * s[0] + s[2]) * s[1], dy + i * s[1], (size_t)s[1] * sizeof(REAL));
+        return 0;
+    default: {
+        const N(Gru) g = {1, b, s[0], s[1], s[2], 0};
+        REAL *inner = kept + b * s[0] * 3 * s[2], *states = inner + b * s[0] * s[2];
+        return N(gru_backward)(&g, x, dy, w + o[P0], w + o[P1], w + o[P2], w + o[P3], 0, 0, 0, 0, kept, inner, states, dx,
+                               rate, keep);
+    }
+    }
+}
+
+/* data (rows, features) and targets (rows,), client by client in the order of training; sizes: examples of each step, of which
+ * client k has steps[k]; denominators: of the loss, by size of batch. values (K, between). totals, weights (K,): of the loss. */
+int N(train)(Int clients, Int count, const Int *operations, Int fields, Int features, Int classes, Int logits, Int gradient,
+             Int room_size, Int between, const REAL *data, const Int *targets, const Int *sizes, const Int *steps,
+             const double *denominators, REAL *values, double *totals, double *weights, REAL rate, REAL keep) {
+    REAL *room = malloc((size_t)(room_size > 0 ? room_size : 1) * sizeof(REAL));
+    int code = room ? 0 : 1;
+    for (Int k = 0; k < clients && !code; k++) {
+        REAL *w = values + k * between;
+        totals[k] = weights[k] = 0;
+        for (Int step = 0; step < steps[k] && !code; step++) {
+            const Int b = *sizes++;
+            REAL sum = 0;
+            for (Int i = 0; i < count && !code; i++)
+                code = N(step_forward)(operations + i * fields, b, data, w, room);
+            if (!code)
+                code = N(cross_entropy)(1, b, classes, room + logits, targets, (REAL)(1 / denominators[b]), &sum,
+                                        room + gradient);
+            for (Int i = count - 1; i >= 0 && !code; i--)
+                code = N(step_backward)(operations + i * fields, b, data, w, room, rate, keep);
+            totals[k] += sum;
+            weights[k] += denominators[b];
+            data += b * features;
+            targets += b;
+        }
+    }
+    free(room);
+    return code;
+}
+
 #undef V
 #undef VI
 #undef LANES

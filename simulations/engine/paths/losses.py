@@ -67,6 +67,15 @@ class StackedLoss:
             gradients = torch.autograd.grad((numerators / denominators).sum(), leaves)
         return numerators.detach(), denominators.detach(), gradients
 
+    def denominators(self, outputs: Tensor, targets: Tensor, sizes: npt.NDArray[np.int64]) -> Floats | None:
+        """By size of batch, of a plain cross-entropy over all of these; None where it is not one. outputs: (B, C), and
+        targets: (B,), for the largest of ``sizes``.
+        """
+        found = np.zeros(int(sizes.max()) + 1)
+        for size in np.unique(sizes).tolist():
+            found[size] = self._denominator(outputs[None, :size], targets[None, :size])
+        return found if found[np.unique(sizes)].all() else None
+
     def _denominator(self, outputs: Tensor, targets: Tensor) -> float:
         """Of every client, where the loss is a plain cross-entropy; 0 where it is not, or where an example is ignored."""
         shape = (*outputs.shape[1:], outputs.dtype, *targets.shape[1:], targets.dtype)

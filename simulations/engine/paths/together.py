@@ -28,6 +28,7 @@ from simulations.engine.program.slots import Layout, Slot, Stack
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
+Done = tuple[Floats, Floats, Integers]  # of each client: numerator and denominator of its loss, steps
 
 
 class CohortPath(ABC):
@@ -97,7 +98,19 @@ class CohortPath(ABC):
             origin=origin,
             shared=parts.shared_only(stack) if parts.proximal else None,
         )
-        total, weight, steps = np.zeros(count), np.zeros(count), np.zeros(count, np.int64)
+        done = self.at_once(cohort, request, stack, rate) if stack.grads is None else None
+        total, weight, steps = self._step_by_step(cohort, request, stack, added) if done is None else done
+        losses = np.divide(total, weight, out=np.zeros(count), where=weight != 0)
+        arrays = {**self._unchanged(request.arrays, stack, count), **stack.arrays(count)}
+        return parts.results(cohort, arrays, losses, steps)
+
+    def at_once(self, cohort: Cohort, request: Request, stack: Stack, rate: float) -> Done | None:
+        """All steps of all clients, where this path can do that without looking at each; plain SGD, no terms."""
+        return None
+
+    def _step_by_step(self, cohort: Cohort, request: Request, stack: Stack, added: Terms) -> Done:
+        config = self.learner.config
+        total, weight, steps = np.zeros(len(cohort)), np.zeros(len(cohort)), np.zeros(len(cohort), np.int64)
         slots: dict[str, Slot] = {}
         for batch in cohort.batches(request, config):
             active = len(batch.sizes)
@@ -110,9 +123,7 @@ class CohortPath(ABC):
             if stack.grads is not None:
                 adjusted(stack.values[:active], stack.grads[:active], added, config.optimizer.clip_norm)
                 self.rule.step(stack.values[:active], stack.grads[:active])
-        losses = np.divide(total, weight, out=np.zeros(count), where=weight != 0)
-        arrays = {**self._unchanged(request.arrays, stack, count), **stack.arrays(count)}
-        return parts.results(cohort, arrays, losses, steps)
+        return total, weight, steps
 
     def _parts(self, cohort: Cohort, request: Request) -> Parts:
         algorithm, config = self.learner.algorithm, self.learner.config

@@ -43,14 +43,14 @@ class Program:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._graph = traced(module)
-        self._modules = dict(module.named_modules())
+        self.modules = dict(module.named_modules())
         self._live = self._find_live()
         self.steps = self._schedule()
         layers = [step.layer for step in self.steps if isinstance(step, LayerStep)]
         self.layouts: tuple[Layout, ...] = tuple(layout for layer in layers for layout in layer.layouts)
         self.convolves = any(isinstance(layer, Conv2d) for layer in layers)
         self._check_parameters()
-        self._inputs = [n.name for n in self._graph.nodes if n.op == "placeholder"]
+        self.inputs = [n.name for n in self._graph.nodes if n.op == "placeholder"]
         (output,) = (n for n in self._graph.nodes if n.op == "output")
         self._outputs = output.args[0]
         self._dead = self._last_uses()
@@ -59,7 +59,7 @@ class Program:
 
     def forward(self, inputs: Sequence[Tensor], slots: Slots, clients: int) -> Any:
         """inputs: (K B, ...) each. Returns what the model returns, of the same first dimension."""
-        values: Values = dict(zip(self._inputs, inputs, strict=True))
+        values: Values = dict(zip(self.inputs, inputs, strict=True))
         for step, dead in zip(self.steps, self._dead, strict=True):
             step.forward(values, slots, clients)
             for name in dead:
@@ -69,18 +69,20 @@ class Program:
     def backward(self, gradients: Sequence[Tensor], slots: Slots, clients: int) -> None:
         """gradients: of each output, in order; every parameter's goes to its slot."""
         grads = Gradients()
-        for node, gradient in zip(self._output_nodes(), gradients, strict=True):
+        for node, gradient in zip(self.outputs, gradients, strict=True):
             grads.add(node.name, gradient)
         for step in reversed(self.steps):
             step.backward(grads, slots, clients)
 
-    def _output_nodes(self) -> list[fx.Node]:
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """What the model returns, in order."""
         found: list[fx.Node] = []
         fx.node.map_arg(self._outputs, found.append)
         return found
 
     def _last_uses(self) -> list[list[str]]:
-        kept = {node.name for node in self._output_nodes()}
+        kept = {node.name for node in self.outputs}
         last: dict[str, int] = {}
         for number, step in enumerate(self.steps):
             last.update(dict.fromkeys(step.reads, number))
@@ -98,7 +100,7 @@ class Program:
     def _layer_type(self, node: fx.Node) -> type[nn.Module] | None:
         if node.op != "call_module":
             return None
-        module = self._modules[str(node.target)]
+        module = self.modules[str(node.target)]
         return type(module) if next(module.parameters(), None) is not None else None
 
     def _schedule(self) -> list[Step]:
@@ -129,7 +131,7 @@ class Program:
         if self._layer_type(node) is not None:
             if len(node.all_input_nodes) != 1 or node.kwargs:
                 raise UnsupportedModel(f"{node.target}: a layer with more than one input")
-            layer = make_layer(self._modules[str(node.target)], str(node.target))
+            layer = make_layer(self.modules[str(node.target)], str(node.target))
             if isinstance(layer, Gru):
                 return LayerStep(layer, source, self._states(node, skipped), wanted=source in self._live)
             return LayerStep(layer, source, node.name, wanted=source in self._live)
@@ -167,7 +169,7 @@ class Program:
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return type(self._modules[str(node.target)]) is nn.ReLU
+            return type(self.modules[str(node.target)]) is nn.ReLU
         if node.op == "call_method":
             return node.target in ("relu", "relu_")
         return node.op == "call_function" and node.target in RELUS
@@ -185,7 +187,7 @@ class Program:
     def _pool_settings(self, node: fx.Node) -> tuple[list[int], list[int], list[int]] | None:
         """(kernel, stride, padding), one number a dimension; None where it is no plain max pooling."""
         if node.op == "call_module":
-            m = self._modules[str(node.target)]
+            m = self.modules[str(node.target)]
             if type(m) not in (nn.MaxPool1d, nn.MaxPool2d):
                 return None
             dims, facts = (1 if type(m) is nn.MaxPool1d else 2), dict(vars(m))
@@ -205,7 +207,7 @@ class Program:
         """Raises UnsupportedModel for what would mix clients, draw at random or use parameters on its own."""
         name = str(getattr(node.target, "__name__", node.target)).lower()
         if node.op == "call_module":
-            module = self._modules[str(node.target)]
+            module = self.modules[str(node.target)]
             name = type(module).__name__.lower()
             if isinstance(module, nn.modules.dropout._DropoutNd) and module.p == 0:
                 return

@@ -115,7 +115,7 @@ class MaxPoolStep(Step):
         self.reads = (source,)
         self._row = len(kernel) == 1
         one = [1] if self._row else []
-        self._settings: tuple[list[int], ...] = (
+        self.settings: tuple[list[int], ...] = (
             [*one, *kernel],
             [*one, *stride],
             [*([0] if self._row else []), *padding],
@@ -123,7 +123,7 @@ class MaxPoolStep(Step):
 
     def forward(self, values: Values, slots: Slots, clients: int) -> None:
         x = values[self.source]
-        kernel, stride, padding = self._settings
+        kernel, stride, padding = self.settings
         self._compiled = self._row and native.usable(x)
         if self._compiled:
             y, which = native.pool(x.transpose(1, 2).contiguous(), kernel[1], stride[1], padding[1], relu=self.relu)
@@ -144,14 +144,14 @@ class MaxPoolStep(Step):
         if dy is None:
             return
         if self._compiled:
-            settings = [part[1] for part in self._settings]
+            settings = [part[1] for part in self.settings]
             dx = native.pool_backward(dy.transpose(1, 2).contiguous(), y, index, x.shape[2], settings, relu=self.relu)
             grads.add(self.source, dx.transpose(1, 2))
             return
         dy = dy.unsqueeze(2) if self._row else dy
         if self.relu:
             dy = torch.ops.aten.threshold_backward(dy, y, 0)
-        kernel, stride, padding = self._settings
+        kernel, stride, padding = self.settings
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = torch.ops.aten.max_pool2d_with_indices_backward(dy, x, kernel, stride, padding, [1, 1], False, index)
         grads.add(self.source, dx.squeeze(2) if self._row else dx)
@@ -171,6 +171,7 @@ class Region(Step):
         self.reads = tuple(dict.fromkeys(a.name for n in nodes for a in n.all_input_nodes if a.name not in inside))
         self.writes = tuple(n.name for n in nodes if any(u.name not in inside for u in n.users))
         self._sources = [name for name in self.reads if name in live]
+        self.live = bool(self._sources)
 
     def forward(self, values: Values, slots: Slots, clients: int) -> None:
         local = {name: values[name] for name in self.reads}

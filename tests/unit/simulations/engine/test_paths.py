@@ -160,11 +160,17 @@ def tasks(shape: tuple[int, ...], sizes: tuple[int, ...] = SIZES) -> list[Task]:
     return found
 
 
-def run(path: Path, work: list[Task], ours: Learner) -> dict[int, tuple[dict[str, Any], int, float]]:
+def run(path: Path, work: list[Task], ours: Learner, **options: Any) -> dict[int, tuple[dict[str, Any], int, float]]:
     """From the weights that the model had when it was first run."""
     start = STARTS.setdefault(id(ours.model), get_arrays(ours.model))
     request = Request(
-        application="toy_regression", config=to_table(ours.config), round=2, num_rounds=3, seed=7, arrays=start
+        application="toy_regression",
+        config=to_table(ours.config),
+        round=2,
+        num_rounds=3,
+        seed=7,
+        arrays=start,
+        **options,
     )
     found: dict[int, tuple[dict[str, Any], int, float]] = {}
     for one in path.train(work, request):
