@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,3 +190,36 @@ def gathered(names: Sequence[str], parts: Sequence[Examples], batch_size: int, *
         batch_size,
         keyed,
     )
+
+
+class CohortCache:
+    """The cohorts that were asked for more than once, the latest ones, up to ``limit`` bytes of examples.
+
+    Where every client takes part in every round the same ones come together again; where clients are drawn they do not,
+    and nothing is kept.
+    """
+
+    SEEN = 4096  # hashes of what was asked for once
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._used = limit, 0
+        self._seen: OrderedDict[int, None] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, ...], tuple[Cohort, int]] = OrderedDict()
+
+    def get(self, names: tuple[str, ...], make: Callable[[], Cohort]) -> Cohort:
+        if names in self._kept:
+            self._kept.move_to_end(names)
+            return self._kept[names][0]
+        cohort, key = make(), hash(names)
+        if key not in self._seen:
+            self._seen[key] = None
+            if len(self._seen) > self.SEEN:
+                self._seen.popitem(last=False)
+            return cohort
+        size = sum(x.numel() * x.element_size() for x in (*cohort.inputs.values(), cohort.targets))
+        if size <= self._limit:
+            self._kept[names] = cohort, size
+            self._used += size
+            while self._used > self._limit:
+                self._used -= self._kept.popitem(last=False)[1][1]
+        return cohort

@@ -12,7 +12,7 @@ from fl_core.flower.messages import Request
 from simulations.engine.placement import UNITS_PER_WORKER, TimeModel, Unit, blocks, cut
 from simulations.engine.population import Population
 from simulations.engine.summation import SumTree
-from simulations.engine.work import SUMS, ClientFact, Job, UnitResult
+from simulations.engine.work import SUMS, Facts, Job, UnitResult
 from simulations.engine.workers import Lost, Workers
 
 POLL_SECONDS = 0.2
@@ -48,14 +48,14 @@ class Conductor:
         clients: Sequence[int],
         merge: Callable[[State, State], None],
         stop: threading.Event | None = None,
-    ) -> tuple[State | None, list[ClientFact]]:
+    ) -> tuple[State | None, Facts]:
         """The partial state of all these clients (in sorted order) and the facts of each."""
         leaves = blocks(clients, self.block)
-        tree, facts = SumTree(len(leaves), merge), list[ClientFact]()
+        tree, facts = SumTree(len(leaves), merge), Facts()
         for result in self.results(SUMS, request, leaves, stop):
             nothing = State(round=request.round, reference={})
             tree.put(result.unit.level, result.unit.index, result.state or nothing)
-            facts += result.facts
+            facts.extend(result.facts)
             for timing in result.timings:
                 self.times.learn(*timing)
         return tree.root, facts
@@ -119,12 +119,9 @@ class Conductor:
                 waiting.extendleft(reversed(parts))
                 continue
             reason = f"the worker that trained it died {MAX_TRIES} times: {event.reason}"
-            facts = [
-                ClientFact(client, refused=f"{self.population.name(client)}: {reason}")
-                for leaf in unit.leaves
-                for client in leaf
-            ]
-            yield UnitResult(self._number, unit, facts)
+            clients = [client for leaf in unit.leaves for client in leaf]
+            refused = {client: f"{self.population.name(client)}: {reason}" for client in clients}
+            yield UnitResult(self._number, unit, Facts(refused=refused))
 
     def _predicted(self, leaf: tuple[int, ...]) -> float:
         return self.times.predict(len(leaf), sum(self.population.size(client) for client in leaf))

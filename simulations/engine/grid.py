@@ -16,7 +16,7 @@ from fl_server.cohort import CohortGrid, CohortResult
 from simulations.engine.conductor import Conductor
 from simulations.engine.placement import blocks
 from simulations.engine.population import Names
-from simulations.engine.work import EVALUATION, REPLIES, ClientFact
+from simulations.engine.work import EVALUATION, REPLIES, Facts
 from simulations.grid import FIRST_NODE, SERVER_NODE
 
 Merge = Callable[[State, State], None]
@@ -67,21 +67,23 @@ class WorkerGrid(CohortGrid):
         return self._result(state, facts)
 
     def evaluate_cohort(self, request: Request, names: Sequence[str], stop: threading.Event | None) -> CohortResult:
-        leaves = blocks(self._numbers(names), self._conductor.block)
-        facts = [f for r in self._conductor.results(EVALUATION, request, leaves, stop) for f in r.facts]
-        return self._result(None, [f for f in facts if f.num_examples or f.refused])
+        leaves, facts = blocks(self._numbers(names), self._conductor.block), Facts()
+        for result in self._conductor.results(EVALUATION, request, leaves, stop):
+            facts.extend(result.facts)
+        return self._result(None, facts)
 
     def _numbers(self, names: Sequence[str]) -> list[int]:
         return [self._conductor.population.find(name) for name in names]
 
-    def _result(self, state: State | None, facts: list[ClientFact]) -> CohortResult:
-        result = CohortResult(state)
-        for fact in sorted(facts, key=lambda f: f.client):
-            name = self._names[fact.client]
-            if fact.refused:
-                result.refused[name] = fact.refused
-            else:
-                result.clients[name], result.num_examples[name] = dict(fact.metrics), fact.num_examples
+    def _result(self, state: State | None, facts: Facts) -> CohortResult:
+        """In the order of names; after an evaluation (no state) without the clients that have nothing to evaluate on."""
+        result, name = CohortResult(state), self._conductor.population.name
+        counts = facts.num_examples
+        for at in sorted(range(len(counts)), key=facts.clients.__getitem__):
+            if counts[at] or state is not None:
+                client = name(facts.clients[at])
+                result.clients[client], result.num_examples[client] = dict(facts.metrics[at]), counts[at]
+        result.refused = {name(client): facts.refused[client] for client in sorted(facts.refused)}
         return result
 
     # Flower's Grid: message by message
@@ -145,13 +147,12 @@ class WorkerGrid(CohortGrid):
         for result in self._conductor.results(kind, request, [(client,) for client in asked], stop):
             for client, reply in result.replies.items():
                 answers[asked[client]] = Message(reply.to_record(), reply_to=batch[asked[client]])
-            for fact in result.facts:
-                message = batch[asked[fact.client]]
-                if fact.refused:
-                    answers[asked[fact.client]] = Message(Error(CLIENT_ERROR, fact.refused), reply_to=message)
-                else:
-                    found = Reply(num_examples=fact.num_examples, metrics=fact.metrics)
-                    answers[asked[fact.client]] = Message(found.to_record(), reply_to=message)
+            facts = result.facts
+            for client, why in facts.refused.items():
+                answers[asked[client]] = Message(Error(CLIENT_ERROR, why), reply_to=batch[asked[client]])
+            for client, count, metrics in zip(facts.clients, facts.num_examples, facts.metrics, strict=True):
+                found = Reply(num_examples=count, metrics=metrics)
+                answers[asked[client]] = Message(found.to_record(), reply_to=batch[asked[client]])
         return answers
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

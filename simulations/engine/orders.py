@@ -26,34 +26,34 @@ PCG_MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645
 
 def permutations(keys: Sequence[int], count: int) -> npt.NDArray[np.int64]:
     """(K, count): of each key, ``numpy.random.default_rng(key).permutation(count)``."""
-    seeds = seeds_of(keys)
-    drawn = native.permutations(seeds, count)
-    return drawn_in_turn(seeds, count) if drawn is None else drawn
+    drawn = native.permutations(keys, count)
+    return drawn_in_turn(keys, count) if drawn is None else drawn
 
 
-def drawn_in_turn(seeds: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64]:
+def drawn_in_turn(keys: Sequence[int], count: int) -> npt.NDArray[np.int64]:
+    """The same without the kernels."""
     bits = np.random.PCG64(0)
     draw = np.random.Generator(bits).permutation
     inner = {"state": 0, "inc": 0}
     state: Any = {"bit_generator": "PCG64", "state": inner, "has_uint32": 0, "uinteger": 0}
-    found = np.empty((len(seeds), count), np.int64)
-    for row, (start, step) in zip(found, pcg_states(seeds), strict=True):
+    found = np.empty((len(keys), count), np.int64)
+    for row, (start, step) in zip(found, pcg_states(keys), strict=True):
         inner["state"], inner["inc"] = start, step
         bits.state = state
         row[:] = draw(count)
     return found
 
 
-def pcg_states(seeds: npt.NDArray[np.uint64]) -> list[tuple[int, int]]:
-    """(state, increment) of a PCG64 started with each row of four words."""
+def pcg_states(keys: Sequence[int]) -> list[tuple[int, int]]:
+    """(state, increment) of a PCG64 seeded with each key of up to 64 bits."""
     found = []
-    for a, b, c, d in seeds.tolist():
+    for a, b, c, d in _seeds(np.array(keys, np.uint64)).tolist():
         step = ((((c << 64) | d) << 1) | 1) & LOW128
         found.append((((step + ((a << 64) | b)) * PCG_MULTIPLIER + step) & LOW128, step))
     return found
 
 
-def seeds_of(keys: Sequence[int]) -> npt.NDArray[np.uint64]:
+def _seeds(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """(K, 4): SeedSequence(key).generate_state(4, uint64)."""
     constant = INIT_A
 
@@ -64,8 +64,7 @@ def seeds_of(keys: Sequence[int]) -> npt.NDArray[np.uint64]:
         value = value * np.uint32(constant)
         return value ^ (value >> SHIFT)
 
-    words64 = np.array(keys, np.uint64)
-    low, high = (words64 & np.uint64(LOW32)).astype(np.uint32), (words64 >> np.uint64(32)).astype(np.uint32)
+    low, high = (keys & np.uint64(LOW32)).astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
     nothing = np.zeros_like(low)
     pool = [hashed(word) for word in (low, high, nothing, nothing)]
     for source in range(POOL):

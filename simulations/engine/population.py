@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, overload, runtime_checkable
 
@@ -71,8 +70,9 @@ class ExamplesPopulation:
             owners = examples.columns["client"]
         self._examples, self._names = examples, sorted(names)
         wanted = np.array(self._names, dtype=owners.dtype if len(owners) else np.str_)
-        self._first = np.searchsorted(owners, wanted, side="left")
-        self._end = np.searchsorted(owners, wanted, side="right")
+        self._numbers = {name: number for number, name in enumerate(self._names)}
+        self._first: list[int] = np.searchsorted(owners, wanted, side="left").tolist()
+        self._end: list[int] = np.searchsorted(owners, wanted, side="right").tolist()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -81,20 +81,13 @@ class ExamplesPopulation:
         return self._names[index]
 
     def find(self, name: str) -> int:
-        return found_in(self._names, name)
+        return self._numbers[name]
 
     def size(self, index: int) -> int:
-        return int(self._end[index] - self._first[index])
+        return self._end[index] - self._first[index]
 
     def examples(self, index: int) -> Examples:
-        return self._examples.take(slice(int(self._first[index]), int(self._end[index])))
-
-
-def found_in(names: Sequence[str], name: str) -> int:
-    at = bisect_left(names, name)
-    if at == len(names) or names[at] != name:
-        raise KeyError(name)
-    return at
+        return self._examples.take(slice(self._first[index], self._end[index]))
 
 
 class GeneratedPopulation:

@@ -35,7 +35,7 @@ SIGNATURES = {  # i: integer, p: pointer, r: number of the arithmetic
     "cross_entropy": "iii pp r pp",
     "gru_forward": "p pppppppp",
     "gru_backward": "p pppppppppppppp rr",
-    "train": "ii p iiiiiii pppppppp rr",
+    "train": "ii p iiiiiii ppppppppp rr",
 }
 OUT_OF_MEMORY = 1
 
@@ -244,12 +244,11 @@ def _gru(x: Tensor, slots: Sequence[Slot]) -> Any:
 # orders of examples
 
 
-def permutations(seeds: npt.NDArray[np.uint64], count: int) -> npt.NDArray[np.int64] | None:
-    """(K, count) of seeds (K, 4), those of numpy's SeedSequence; None without kernels."""
+def permutations(keys: Sequence[int], count: int) -> npt.NDArray[np.int64] | None:
+    """(K, count): of each key, ``numpy.random.default_rng(key).permutation(count)``; None without kernels."""
     found = kernels()
     if found is None or count >= 1 << 32:
         return None
-    seeds = np.ascontiguousarray(seeds)
-    out = np.empty((len(seeds), count), np.int64)
-    found.permutations(len(seeds), count, seeds.ctypes.data, out.ctypes.data)
+    words, out = np.array(keys, np.uint64), np.empty((len(keys), count), np.int64)
+    found.permutations(len(words), count, words.ctypes.data, out.ctypes.data)
     return out

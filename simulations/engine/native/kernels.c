@@ -35,8 +35,8 @@ enum { KIND, IN, OUT, KEPT, D_IN, D_OUT, P0, P1, P2, P3, SIZES };
 #include "kernels.h"
 
 /* Permutations as numpy.random.Generator(PCG64).permutation draws them: O'Neill's PCG XSL-RR 128/64; bounded
- * integers from as many bits as needed of halves of its words, low half first, too large ones drawn again. seeds: (clients, 4), of
- * SeedSequence. */
+ * integers from as many bits as needed of halves of its words, low half first, too large ones drawn again. One generator a
+ * key. */
 
 typedef unsigned __int128 Wide;
 
@@ -66,10 +66,37 @@ static uint32_t up_to(Pcg *g, uint32_t most) {
     return drawn;
 }
 
-int permutations(Int clients, Int count, const uint64_t *seeds, Int *out) {
+/* numpy.random.SeedSequence(key).generate_state(4, uint64) of one word of entropy up to 64 bits (O'Neill's seed_seq). */
+static void seeds_of(uint64_t key, uint64_t *seeds) {
+    uint32_t pool[4], words[8], constant = 0x43B0D7E5u;
+    const uint32_t entropy[4] = {(uint32_t)key, (uint32_t)(key >> 32), 0, 0};
+#define HASHED(to, value, multiplier)                                                                                  \
+    {                                                                                                                  \
+        uint32_t mixed = (value) ^ constant;                                                                           \
+        constant *= multiplier;                                                                                        \
+        mixed *= constant;                                                                                             \
+        to = mixed ^ (mixed >> 16);                                                                                    \
+    }
+    for (int i = 0; i < 4; i++) HASHED(pool[i], entropy[i], 0x931E8875u)
+    for (int from = 0; from < 4; from++)
+        for (int to = 0; to < 4; to++)
+            if (from != to) {
+                uint32_t other;
+                HASHED(other, pool[from], 0x931E8875u)
+                const uint32_t mixed = 0xCA01F9DDu * pool[to] - 0x4973F715u * other;
+                pool[to] = mixed ^ (mixed >> 16);
+            }
+    constant = 0x8B51F9DDu;
+    for (int i = 0; i < 8; i++) HASHED(words[i], pool[i % 4], 0x58F38DEDu)
+#undef HASHED
+    for (int i = 0; i < 4; i++) seeds[i] = words[2 * i] | ((uint64_t)words[2 * i + 1] << 32);
+}
+
+int permutations(Int clients, Int count, const uint64_t *keys, Int *out) {
     const Wide multiplier = ((Wide)0x2360ED051FC65DA4ULL << 64) | 0x4385DF649FCCF645ULL;
     for (Int k = 0; k < clients; k++) {
-        const uint64_t *s = seeds + 4 * k;
+        uint64_t s[4];
+        seeds_of(keys[k], s);
         Pcg g = {0, ((((Wide)s[2] << 64) | s[3]) << 1) | 1, 0, 0};
         g.state = (g.step + (((Wide)s[0] << 64) | s[1])) * multiplier + g.step;
         Int *row = out + k * count;

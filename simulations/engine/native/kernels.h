@@ -527,14 +527,16 @@ static int N(step_backward)(const Int *o, Int b, const REAL *data, REAL *w, REAL
 }
 
 /* data (rows, features) and targets (rows,), client by client in the order of training; sizes: examples of each step, of which
- * client k has steps[k]; denominators: of the loss, by size of batch. values (K, between). totals, weights (K,): of the loss. */
+ * client k has steps[k]; denominators: of the loss, by size of batch. values (K, between), each first set to
+ * ``origin`` where there is one. totals, weights (K,): of the loss. */
 int N(train)(Int clients, Int count, const Int *operations, Int fields, Int features, Int classes, Int logits, Int gradient,
              Int room_size, Int between, const REAL *data, const Int *targets, const Int *sizes, const Int *steps,
-             const double *denominators, REAL *values, double *totals, double *weights, REAL rate, REAL keep) {
+             const double *denominators, const REAL *origin, REAL *values, double *totals, double *weights, REAL rate, REAL keep) {
     REAL *room = malloc((size_t)(room_size > 0 ? room_size : 1) * sizeof(REAL));
     int code = room ? 0 : 1;
     for (Int k = 0; k < clients && !code; k++) {
         REAL *w = values + k * between;
+        if (origin) memcpy(w, origin, (size_t)between * sizeof(REAL));
         totals[k] = weights[k] = 0;
         for (Int step = 0; step < steps[k] && !code; step++) {
             const Int b = *sizes++;

@@ -261,11 +261,12 @@ def train(
     sizes: npt.NDArray[np.int64],
     steps: npt.NDArray[np.int64],
     denominators: Floats,
+    origin: Tensor | None,
     rate: float,
     keep: float,
 ) -> tuple[Floats, Floats]:
-    """Trains the clients ``first``.. of the stack, ``len(steps)`` of them, in place; returns (numerators, denominators) of
-    their losses. data (N, ...), targets (N,): in the order of training; sizes: of each step; denominators: by batch size.
+    """Trains the clients ``first``.. of the stack, ``len(steps)`` of them, from ``origin`` (P,) or from what is there;
+    returns (numerators, denominators) of their losses. data (N, ...), targets (N,): in the order of training; sizes: of each step; denominators: by batch size.
     """  # fmt: skip
     count = len(steps)
     totals, weights = np.zeros(count), np.zeros(count)
@@ -273,7 +274,7 @@ def train(
     native.run(
         "train", data, count, len(found.operations), place, FIELDS, found.features, found.classes, found.logits,
         found.gradient, found.room, stack.values.stride(0), data.data_ptr(), targets.data_ptr(), sizes.ctypes.data,
-        steps.ctypes.data, denominators.ctypes.data, stack.values[first].data_ptr(), totals.ctypes.data,
+        steps.ctypes.data, denominators.ctypes.data, native.place(origin), stack.values[first].data_ptr(), totals.ctypes.data,
         weights.ctypes.data, rate, keep,
     )  # fmt: skip
     return totals, weights

@@ -35,12 +35,15 @@ class StackedPath(CohortPath):
         self._chain: Chain | None = None
         super().__init__(learner, clients, self.program.layouts, name="stacked" if clients > 1 else "fused")
 
-    def at_once(self, cohort: Cohort, request: Request, stack: Stack, rate: float) -> Done | None:
+    def at_once(self, cohort: Cohort, request: Request, stack: Stack, origin: Tensor, rate: float) -> Done | None:
         config, targets = self.learner.config, cohort.targets
         if len(self._specs) != 1 or not native.usable(stack.values) or targets.dim() != 1 or int(targets.min()) < 0:
             return None
         course = cohort.course(request, config)
         each, starts = self._clients_at_once(cohort, course), np.concatenate([[0], np.cumsum(course.sizes)])
+        if len(origin) > 1:
+            stack.values[: len(cohort)] = origin
+        shared = origin[0] if len(origin) == 1 else None
         ends, total, weight = np.cumsum(course.steps), np.zeros(len(cohort)), np.zeros(len(cohort))
         keep, denominators = 1 - rate * config.optimizer.weight_decay, None
         for first in range(0, len(cohort), each):
@@ -57,7 +60,7 @@ class StackedPath(CohortPath):
             assert self._chain is not None
             total[first:end], weight[first:end] = train(
                 self._chain, stack, first, prepared(self._chain, self.program, x), truth.long().contiguous(),
-                course.sizes[steps], course.steps[first:end], denominators, rate, keep,
+                course.sizes[steps], course.steps[first:end], denominators, shared, rate, keep,
             )  # fmt: skip
         return total, weight, course.steps
 

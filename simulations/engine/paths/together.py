@@ -18,7 +18,7 @@ from fl_core.flower.messages import Request
 from fl_core.learning.local_update import client_learning_rate
 from fl_core.learning.personal import personal_names
 from fl_core.learning.torch_arrays import set_arrays
-from simulations.engine.cohort import Batch, Cohort, Integers, gathered
+from simulations.engine.cohort import Batch, Cohort, CohortCache, Integers, gathered
 from simulations.engine.paths import Results, Task
 from simulations.engine.paths.parts import Parts, is_plain
 from simulations.engine.paths.sequential import SequentialPath
@@ -28,6 +28,7 @@ from simulations.engine.program.slots import Layout, Slot, Stack
 
 log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
+COHORT_BYTES = 64 << 20  # of examples side by side that a worker keeps from round to round
 Done = tuple[Floats, Floats, Integers]  # of each client: numerator and denominator of its loss, steps
 
 
@@ -51,7 +52,8 @@ class CohortPath(ABC):
         self.rule = RULES[config.optimizer.name](config.optimizer)
         self._augment = learner.application.augment_function()
         self._specs = [spec.name for spec in learner.application.inputs(config)]
-        self._slow = SequentialPath(learner)
+        self._slow, self._told = SequentialPath(learner), False
+        self._cohorts = CohortCache(COHORT_BYTES)
         self._stack: Stack | None = None
         self._request: Request | None = None
         self._origin: Tensor | None = None
@@ -64,7 +66,8 @@ class CohortPath(ABC):
                 with torch.no_grad():
                     found = self.together(part, request)
             except Exception as error:  # an application's own code, or data of clients that do not fit together
-                log.info("block done one by one: %s", error)
+                log.log(logging.INFO if self._told else logging.WARNING, "clients are trained one by one: %s", error)
+                self._told = True
                 self._request = None
                 found_each = self._slow.train(part, request)
             else:
@@ -77,9 +80,7 @@ class CohortPath(ABC):
     def together(self, tasks: Sequence[Task], request: Request) -> Results:
         """All of these clients in one stack. Raises what the application's code raises."""
         config = self.learner.config
-        found = [task.data().train for task in tasks]
-        size, keyed = config.algorithm.batch_size, self._augment is not None
-        cohort = gathered([task.client for task in tasks], found, size, keyed=keyed)
+        cohort = self._cohorts.get(tuple(task.client for task in tasks), lambda: self._gathered(tasks))
         count, parts = len(cohort), self._parts(cohort, request)
         is_sgd = config.optimizer.name == "sgd" and not config.optimizer.momentum
         plain = not (parts.changes or config.optimizer.clip_norm > 0)
@@ -87,25 +88,31 @@ class CohortPath(ABC):
         if self._origin is None or parts.rounds:
             self._origin = parts.origin(stack)
         origin = self._origin
-        stack.values[:count] = origin
         rate = client_learning_rate(config, request.round, request.num_rounds)
         for slot in stack.slots.values():
             slot.rate, slot.keep = rate, 1 - rate * config.optimizer.weight_decay
-        self.rule.start(stack.values[:count], rate)
         added = Terms(
             proximal=parts.proximal,
             correction=parts.correction(stack),
             origin=origin,
             shared=parts.shared_only(stack) if parts.proximal else None,
         )
-        done = self.at_once(cohort, request, stack, rate) if stack.grads is None else None
-        total, weight, steps = self._step_by_step(cohort, request, stack, added) if done is None else done
+        done = self.at_once(cohort, request, stack, origin, rate) if stack.grads is None else None
+        if done is None:
+            stack.values[:count] = origin
+            self.rule.start(stack.values[:count], rate)
+            done = self._step_by_step(cohort, request, stack, added)
+        total, weight, steps = done
         losses = np.divide(total, weight, out=np.zeros(count), where=weight != 0)
         arrays = {**self._unchanged(request.arrays, stack, count), **stack.arrays(count)}
         return parts.results(cohort, arrays, losses, steps)
 
-    def at_once(self, cohort: Cohort, request: Request, stack: Stack, rate: float) -> Done | None:
-        """All steps of all clients, where this path can do that without looking at each; plain SGD, no terms."""
+    def _gathered(self, tasks: Sequence[Task]) -> Cohort:
+        found, size = [task.data().train for task in tasks], self.learner.config.algorithm.batch_size
+        return gathered([task.client for task in tasks], found, size, keyed=self._augment is not None)
+
+    def at_once(self, cohort: Cohort, request: Request, stack: Stack, origin: Tensor, rate: float) -> Done | None:
+        """All steps of all clients from ``origin`` (K or 1, P), where this path can do that without looking at each; plain SGD, no terms."""
         return None
 
     def _step_by_step(self, cohort: Cohort, request: Request, stack: Stack, added: Terms) -> Done:
