@@ -7,7 +7,7 @@ import signal
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -35,6 +35,13 @@ from tests.helpers import small_config
 SETTINGS = ("data.clients=13", "data.holdout_fraction=0.0", "model.hidden=8")
 
 
+class Fact(NamedTuple):
+    client: int
+    num_examples: int
+    metrics: dict[str, float]
+    refused: str
+
+
 class Setup:
     def __init__(self, *overrides: str) -> None:
         self.app, self.config = small_config("toy_regression", *SETTINGS, *overrides)
@@ -56,7 +63,9 @@ class Setup:
         merge = self.learner.algorithm.aggregator.merge
         state, facts = conductor.sums(self.request, range(len(self.population)), merge, **options)
         assert state is not None
-        return state, sorted(facts, key=lambda f: f.client)
+        counted = [Fact(*row, "") for row in zip(facts.clients, facts.num_examples, facts.metrics, strict=True)]
+        refused = [Fact(client, 0, {}, why) for client, why in facts.refused.items()]
+        return state, sorted(counted + refused, key=lambda fact: fact.client)
 
 
 def same(one: State, other: State) -> None:
