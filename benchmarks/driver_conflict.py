@@ -1,31 +1,37 @@
-"""driver_conflict on vehicles never trained on: pooled and federated, by folds over vehicles that never split a driver.
+"""driver_conflict on vehicles never trained on: folds over vehicles that never split a driver, seeds, mean and interval.
 
-    python -m benchmarks.driver_conflict [DATA] [--folds 5] [--rounds 60] [--seed 0] [--json] [--quick]
+    python -m benchmarks.driver_conflict [DATA] [--folds 5] [--seeds 3] [--rounds 150] [--variants floor pooled federated] [--json] [--quick]
 
 DATA: default $FIELDFLEET_DATA/driving_100car, else generated drives.
-Every model is made and judged by the fieldfleet commands with the default preset; the scores of all folds are pooled.
+Every model is made by the fieldfleet commands with the default preset (or --preset) on all folds but one and scores that one; the
+scores of all folds are judged together. One file per (data, variant, seed, fold) under ``runs/benchmarks/driver_conflict``: a repeated call resumes.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from applications.driver_conflict import APPLICATION
 from applications.driver_conflict.data import Drives
+from benchmarks.quality import interval
+from fieldfleet.evaluate import predict_checkpoint
+from fl_core.contracts import checkpoint as checkpoints
+from fl_core.learning.examples import Examples
 from fl_core.learning.sources import GENERATED, open_data
-from fl_core.runtime import scores
+from fl_core.storage import archive, atomic
 
-HISTORY_ROWS = 100  # windows with 10 s of history: further from a record's start than any model can see
+RESULTS = Path("runs/benchmarks/driver_conflict")
+VARIANTS = ("floor", "pooled", "federated")
+SILENT = ("front_radar", "rear_radar", "acceleration", "yaw")  # sensors without which the pooled model is judged again
+Outputs = dict[str, np.ndarray[Any, Any]]
 
 
 def folds(raw: Drives, count: int) -> list[list[str]]:
@@ -58,27 +64,95 @@ def fieldfleet(*arguments: str) -> None:
         sys.exit(f"fieldfleet {arguments[0]} ended with {done.returncode}:\n{done.stderr}")
 
 
-def judged(model: Path, data: Path) -> list[dict[str, str]]:
-    table = model.with_suffix(".csv")
-    fieldfleet("evaluate", str(model), "--data", str(data), "--predictions", str(table), "--json")
-    with table.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+class Bench:
+    """raw: the whole data set; parts: its folds."""
 
+    def __init__(self, raw: Drives, args: argparse.Namespace, kind: str) -> None:
+        self.raw, self.args, self.parts = raw, args, folds(raw, args.folds)
+        self.settings = [part for s in args.set for part in ("--set", s)]
+        self.name = f"{kind}-{args.label}" if args.label else kind
+        self.config = APPLICATION.configure(["data.training_hop=15"])
 
-def summary(rows: list[dict[str, str]]) -> dict[str, float]:
-    truth = np.array([int(r["label"]) for r in rows])
-    score = np.array([float(r["score"]) for r in rows])
-    parts = {
-        "all": np.ones(len(rows), bool),
-        "full_context": np.array([r["full_context"] == "True" for r in rows]),
-        "10 s of history": np.array([int(r["end_row"]) >= HISTORY_ROWS for r in rows]),
-    }
-    result: dict[str, float] = {}
-    for name, mask in parts.items():
-        for metric in (scores.roc_auc, scores.average_precision):
-            value = metric(truth[mask], score[mask])
-            result[f"{name} {metric.__name__}"] = round(value or 0.0, 4)
-    return result
+    def held(self, fold: int, missing: str = "") -> Examples:
+        config = (
+            APPLICATION.configure(["data.training_hop=15", f'data.missing_sensors=["{missing}"]'])
+            if missing
+            else self.config
+        )
+        return self.raw.select(self.parts[fold]).examples(config)
+
+    def scored(self, variant: str, seed: int, fold: int) -> Outputs:
+        """Outputs of this variant's model of one fold on the vehicles that it never saw; ``ROW/NAME`` under other conditions."""
+        rounds = f"-{self.args.rounds}" if variant == "federated" else ""
+        path = RESULTS / f"{self.name}-{variant}{rounds}-{seed}-{fold}of{self.args.folds}.npz"
+        if not path.is_file():
+            print(f"  {variant}, seed {seed}, fold {fold + 1}/{self.args.folds}", file=sys.stderr, flush=True)
+            found = self.floor(seed, fold) if variant == "floor" else self.trained(variant, seed, fold, path)
+            with atomic.new_folder(path.with_suffix(".new")) as folder:
+                np.savez(folder / "outputs.npz", **found)
+            (path.with_suffix(".new") / "outputs.npz").replace(path)
+            path.with_suffix(".new").rmdir()
+        return dict(archive.read_npz(path))
+
+    def train_data(self, fold: int) -> Drives:
+        return self.raw.select(set(self.raw.client_ids()) - set(self.parts[fold]))
+
+    def floor(self, seed: int, fold: int) -> Outputs:
+        method = APPLICATION.floor_function()
+        assert method is not None
+        return next(
+            iter(method(self.config, self.train_data(fold).examples(self.config), self.held(fold), seed=seed).values())
+        )
+
+    def trained(self, variant: str, seed: int, fold: int, path: Path) -> Outputs:
+        data, out = RESULTS / f"{self.name}-{fold}of{self.args.folds}", path.with_suffix("")
+        if not data.is_dir():
+            self.train_data(fold).write(data)
+        common = [
+            "--data",
+            str(data),
+            "--seed",
+            str(seed),
+            "--out",
+            str(out),
+            "--set",
+            "data.holdout_fraction=0.0",
+            *self.settings,
+        ]
+        if variant == "pooled":
+            fieldfleet("pretrain", "driver_conflict", *common)
+        else:
+            fieldfleet(
+                *("simulate", "driver_conflict", "--rounds", str(self.args.rounds), *common),
+                *("--set", "algorithm.evaluate_every=0"),
+            )
+        loaded = checkpoints.load(out)
+        config = APPLICATION.configure_from(loaded.manifest.config, origin=str(out))
+        found = dict(predict_checkpoint(APPLICATION, config, loaded, self.held(fold)))
+        if variant == "pooled":
+            for sensor in SILENT:
+                for name, values in predict_checkpoint(APPLICATION, config, loaded, self.held(fold, sensor)).items():
+                    found[f"without {sensor}/{name}"] = values
+        return found
+
+    def metrics(self, variant: str, seed: int) -> dict[str, dict[str, float]]:
+        """Row -> metrics over all folds."""
+        outputs = [self.scored(variant, seed, fold) for fold in range(self.args.folds)]
+        together = {name: np.concatenate([o[name] for o in outputs]) for name in outputs[0]}
+        parts = [self.held(fold) for fold in range(self.args.folds)]
+        examples = Examples(
+            {}, np.concatenate([p.targets for p in parts]),
+            {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns},
+        )  # fmt: skip
+        masks = {"all": np.ones(len(examples), bool), **APPLICATION.groups(self.config, examples)}
+        rows = {}
+        for row in dict.fromkeys(name.rpartition("/")[0] for name in together):
+            mine = {name.rpartition("/")[2]: v for name, v in together.items() if name.rpartition("/")[0] == row}
+            for group, mask in masks.items():
+                if not row or group == "all":
+                    part = {name: v[mask] for name, v in mine.items()}
+                    rows[row or group] = APPLICATION.metrics(self.config, part, examples.take(mask))
+        return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,38 +161,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("data", nargs="?")
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=150)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for training")
+    parser.add_argument("--label", default="", help="keeps the results of other settings apart")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="two folds, five rounds, generated drives")
+    parser.add_argument("--quick", action="store_true", help="two folds, one seed, five rounds, generated drives")
     args = parser.parse_args(arguments)
+    if args.set and not args.label:
+        parser.error("--set needs a --label for its results")
     if args.quick:
-        args.data, args.folds, args.rounds = GENERATED, 2, 5
-    found = open_data(APPLICATION, APPLICATION.configure(), args.data, seed=args.seed)
-    raw = cast("Drives", found.raw)
-    print(f"driver_conflict on {found.origin}, {args.folds} folds, {args.rounds} rounds")
-    parts = folds(raw, args.folds)
-    rows: dict[str, list[dict[str, str]]] = {"pooled": [], "federated": []}
-    with tempfile.TemporaryDirectory() as name:
-        for number, held in enumerate(parts):
-            folder = Path(name) / str(number)
-            raw.select(set(raw.client_ids()) - set(held)).write(folder / "train")
-            raw.select(held).write(folder / "held")
-            common = ["--data", str(folder / "train"), "--seed", str(args.seed), "--set", "data.holdout_fraction=0.0"]
-            fieldfleet("pretrain", "driver_conflict", "--out", str(folder / "pooled"), *common)
-            fieldfleet(
-                *("simulate", "driver_conflict", "--out", str(folder / "federated")),
-                *("--rounds", str(args.rounds), "--set", "algorithm.evaluate_every=0", *common),
+        args.data, args.folds, args.rounds, args.seeds = GENERATED, 2, 5, 1
+        args.set, args.label = ["pretrain.epochs=2", "data.clients=8"], "quick"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    found = open_data(APPLICATION, APPLICATION.configure(args.set), args.data, seed=0)
+    bench = Bench(cast("Drives", found.raw), args, Path(found.origin).name if found.path else GENERATED)
+    print(
+        f"driver_conflict on {found.origin}, {args.folds} folds, {args.seeds} seeds, {args.rounds} rounds; mean ± half of the 95 % interval"
+    )
+    document = {}
+    for variant in args.variants:
+        seeds = [bench.metrics(variant, seed) for seed in range(args.seeds)]
+        document[variant] = seeds
+        for row, first in seeds[0].items():
+            values = {name: interval([s[row][name] for s in seeds]) for name in first}
+            print(
+                f"{variant:10} {row:22} " + "  ".join(f"{name} {value}" for name, value in values.items()), flush=True
             )
-            for kind in rows:
-                rows[kind] += judged(folder / kind, folder / "held")
-            print(f"fold {number + 1}/{len(parts)}: {len(held)} vehicles", file=sys.stderr, flush=True)
-    result = {kind: summary(table) for kind, table in rows.items()}
     if args.json:
-        print(json.dumps(result, indent=2))
-        return 0
-    for name in next(iter(result.values())):
-        print(f"{name:40s}" + "".join(f"{kind} {values[name]:.4f}   " for kind, values in result.items()))
+        print(json.dumps(document, indent=2))
     return 0
 
 

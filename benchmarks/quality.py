@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from applications.driver_attention.config import VIEWS
+from fieldfleet.evaluate import predict_checkpoint
+from fl_core.contracts import checkpoint as checkpoints
 from fl_core.learning.application import application
 from fl_core.learning.partition import split_clients
 from fl_core.learning.sources import data_folder, open_data
@@ -35,18 +37,21 @@ class Plan:
 
     conditions: further rows of the pooled and the federated model, row -> overrides under which it is judged again.
     head: the last layer is then solved for by one round of ``statistics_head`` over the training clients.
+    written: generated data are written once a seed, for a generator that takes longer than reading.
     """
 
     rounds: int = 20
     head: bool = False
     presets: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, str] = field(default_factory=dict)
+    written: bool = False
 
 
 PLANS = {
     "driver_conflict": Plan(rounds=100),
     "driver_attention": Plan(
-        rounds=40,
+        rounds=20,
+        written=True,
         conditions={
             **{f"without {view}": f'data.missing_views=["{view}"]' for view in VIEWS},
             **{f"{view} alone": f"data.missing_views={json.dumps([v for v in VIEWS if v != view])}" for view in VIEWS},
@@ -89,6 +94,9 @@ def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> Non
     if path.is_file():
         return
     data = ["--data", "generated"] if quick else data_option(name)
+    origin = data[1]
+    if plan.written and origin == "generated":
+        data = ["--data", str(written(name, seed))]
     rounds = 5 if quick else plan.rounds
     common = ["--seed", str(seed), *data, *(["--set", "pretrain.epochs=2"] if quick else [])]
     work = RESULTS / "work" / path.stem
@@ -99,7 +107,7 @@ def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> Non
         found = federated(name, work, rounds, common, seed, plan)
     else:
         found = pooled(name, work, [*common, "--preset", plan.presets.get(cell, "default")], seed, cell, plan)
-    document = {"application": name, "seed": seed, "rounds": rounds, "data": data[1], "variants": found}
+    document = {"application": name, "seed": seed, "rounds": rounds, "data": origin, "variants": found}
     atomic.write_json(path, document)
     shutil.rmtree(work)
 
@@ -130,17 +138,40 @@ def federated(name: str, out: Path, rounds: int, common: list[str], seed: int, p
     return found | judged_under(final, common, seed, "federated", plan)
 
 
+def written(name: str, seed: int) -> Path:
+    """The folder of this seed's generated data, made on first use."""
+    folder = RESULTS / "data" / f"{name}-{seed}"
+    if not folder.is_dir():
+        print(f"  data of {name}, seed {seed}", file=sys.stderr, flush=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        app = application(name)
+        app.generate(app.configure(), seed).write(folder)
+    return folder
+
+
 def judged_under(model: Path, common: list[str], seed: int, row: str, plan: Plan) -> Variants:
+    """The model as it is, and under each of the plan's conditions, on the clients that it never saw."""
     found = {row: judged(model, common, seed)}
+    if not plan.conditions:
+        return found
+    loaded = checkpoints.load(model)
+    app = application(loaded.manifest.application)
+    config = app.configure_from(loaded.manifest.config, origin=str(model))
+    raw = open_data(app, config, common[common.index("--data") + 1], seed=seed).raw
+    raw = raw.select(set(raw.client_ids()) - set(loaded.manifest.clients_seen))
     for name, override in plan.conditions.items():
-        found[f"{row}, {name}"] = judged(model, common, seed, "--set", override)
+        config = app.configure_from(loaded.manifest.config, [override], origin=str(model))
+        examples = raw.examples(config)
+        outputs = predict_checkpoint(app, config, loaded, examples)
+        metrics = app.metrics(config, outputs, examples)
+        found[f"{row}, {name}"] = {UNSEEN: {"num_examples": len(examples), "metrics": metrics}}
     return found
 
 
-def judged(model: Path, common: list[str], seed: int, *more: str) -> dict[str, Any]:
+def judged(model: Path, common: list[str], seed: int) -> dict[str, Any]:
     """The groups of clients that training never saw."""
     data = common[common.index("--data") : common.index("--data") + 2]
-    document = call("evaluate", str(model), *data, "--seed", str(seed), *more)
+    document = call("evaluate", str(model), *data, "--seed", str(seed))
     return {k: v for k, v in document["groups"].items() if k.endswith(UNSEEN)}
 
 

@@ -43,8 +43,8 @@ class Vehicle:
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Self:
         return cls(
-            front_row=rng.normal(0, 0.7), front_column=rng.normal(0, 1.0),
-            side_row=rng.normal(0, 0.7), side_column=rng.normal(0, 1.0),
+            front_row=rng.normal(0, 1.3), front_column=rng.normal(0, 2.0),
+            side_row=rng.normal(0, 1.0), side_column=rng.normal(0, 2.0),
             face_row=rng.normal(0, 1.0), face_column=rng.normal(0, 1.8), face_size=rng.uniform(0.88, 1.12),
             skin=rng.uniform(95, 205), hair=rng.uniform(15, 110), glasses=bool(rng.random() < 0.25),
             beard=bool(rng.random() < 0.3), noise=rng.uniform(4, 9),
@@ -63,6 +63,7 @@ class Look:
     beside: Array
     shadow: Array  # m along the road
     ground: Array  # phase of the verge's texture
+    shake: Array  # of the cameras outside, in base units up
 
     @classmethod
     def draw(cls, rng: np.random.Generator, clips: int, frames: int) -> Self:
@@ -75,10 +76,14 @@ class Look:
             "verge": rng.uniform(50, 150, clips) * dim,
             "lead": rng.uniform(25, 210, clips) * dim,
             "beside": rng.uniform(25, 210, clips) * dim,
-            "shadow": np.where(rng.random(clips) < 0.3, rng.uniform(0, 200, clips), -FAR),
+            "shadow": np.where(rng.random(clips) < 0.5, rng.uniform(0, 200, clips), -FAR),
             "ground": rng.uniform(0, 100, clips),
         }
-        return cls(**{k: np.repeat(v, frames) for k, v in each.items()})
+        made = {k: np.repeat(v, frames) for k, v in each.items()}
+        exposure = 0.05 * rng.standard_normal((clips, frames)).cumsum(axis=1)
+        rough = rng.uniform(0.1, 0.7, (clips, 1)) * rng.standard_normal((clips, frames))
+        made["gain"] = made["gain"] * np.exp(np.clip(exposure, -0.25, 0.25)).reshape(-1)
+        return cls(**made, shake=rough.reshape(-1))
 
 
 class Canvas:
@@ -141,7 +146,7 @@ def column(x: npt.NDArray[Any] | float) -> Image:
 def front(scene: Scene, look: Look, car: Vehicle, canvas: Canvas) -> None:
     """The road ahead from 1.3 m above it. scene: (m,) arrays of the frames."""
     focal, high = 40.0, 1.3
-    horizon = column(11.0 + car.front_row - 0.14 * scene.acceleration)  # the nose dives in braking
+    horizon = column(11.0 + car.front_row - 0.14 * scene.acceleration + look.shake)  # the nose dives in braking
     middle = 24.0 + car.front_column
     below = canvas.v - horizon
     deep = focal * high / np.maximum(below, 0.2)
@@ -206,9 +211,10 @@ def rear(
 def side(scene: Scene, look: Look, car: Vehicle, canvas: Canvas) -> None:
     """The lane to the left, seen across from the left mirror 1 m above the road; right in the picture is ahead."""
     focal, high = 14.0, 1.0
-    horizon = 7.0 + car.side_row
+    base = 7.0 + car.side_row + look.shake
+    horizon = column(base)
     middle = 24.0 + car.side_column
-    below = canvas.v - np.float32(horizon)
+    below = canvas.v - horizon
     away = focal * high / np.maximum(below, 0.2)  # m to the left
     at = column(scene.y) + HALF + away + 0 * canvas.u
     along = column(scene.travelled) + (canvas.u - np.float32(middle)) * away / focal
@@ -225,7 +231,7 @@ def side(scene: Scene, look: Look, car: Vehicle, canvas: Canvas) -> None:
     z = np.clip(near, 0.15, 10.0)
     x = scene.beside_x - 0.5
     left, right = middle + focal * (x - LENGTH / 2) / z, middle + focal * (x + LENGTH / 2) / z
-    bottom, top = horizon + focal * high / z, horizon + focal * (high - TALL) / z
+    bottom, top = base + focal * high / z, base + focal * (high - TALL) / z
     tall = bottom - top
     canvas.blend(canvas.box(left, right, top + 0.35 * tall, bottom - 0.1 * tall) * column(there), column(look.beside))
     roof = canvas.box(left + 0.22 * (right - left), right - 0.18 * (right - left), top, top + 0.4 * tall)

@@ -22,7 +22,7 @@ HALVINGS = 3  # of a frame's sides, inside the model
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     width: int = number(
-        12, low=4, high=512, help="channels of the backbone's first stage; twice as many on each next one"
+        8, low=4, high=512, help="channels of the backbone's first stage; twice as many on each next one"
     )
     blocks: int = number(0, low=0, high=8, help="residual blocks behind each of the backbone's later stages")
     features: int = number(32, low=4, high=4096, help="numbers that the backbone makes of one frame of one view")

@@ -19,7 +19,7 @@ CANDIDATES = 2.5  # moments simulated for each clip that is kept
 EPOCH_S = 100.0  # between two clips of a recording: their frames never mix
 ABSENT = 0.04  # chance that a vehicle lacks a certain camera
 GAP = 0.03  # chance that a camera loses frames in a clip
-AFTER = 8  # steps within which a clip ends after a conflict began
+AFTER = 5  # steps within which a clip ends after a conflict began
 LEAST_VIEWS = 2
 
 
@@ -137,9 +137,9 @@ def instruments(
     values = np.stack(
         [
             np.maximum(0.0, at.speed * rng.normal(1, 0.01) + 0.1 * noise[0]),
-            at.acceleration + zero[0] + 0.2 * noise[1],
-            at.curvature * at.speed**2 + aside + zero[1] + 0.2 * noise[2],
-            np.degrees(turning) + zero[2] + 0.25 * noise[3],
+            at.acceleration + zero[0] + 0.3 * noise[1],
+            at.curvature * at.speed**2 + aside + zero[1] + 0.35 * noise[2],
+            np.degrees(turning) + zero[2] + 0.5 * noise[3],
             (at.acceleration < -0.8).astype(float),
             at.signal,
         ],

@@ -20,12 +20,13 @@ LANE, WIDTH, LENGTH = 3.6, 1.8, 4.5  # m
 FAR = 1e4  # m: nobody is there
 STRONGEST = 8.0  # m/s2
 JERK = 18.0  # m/s3
-EVENTS = {"none": 0.14, "lead brakes": 0.24, "cut-in": 0.18, "drift": 0.18, "lane change": 0.26}
+EVENTS = {"none": 0.12, "lead brakes": 0.2, "cut-in": 0.18, "drift": 0.14, "lane change": 0.36}
 CLOSE_TTC, SAFE_TTC = 1.5, 2.6  # s: a conflict at the first, ordinary traffic from the second on
 CLOSE_SIDE, SAFE_SIDE = 1.2, 2.6  # s to the side of another vehicle
 TOUCHING, CLEAR = 0.35, 0.75  # m beside another vehicle
 OUT, WITHIN = 0.95, 0.6  # m from the lane's middle, not meaning to leave it
 MIRROR_STEPS = 25
+AGILITY = 1.2  # m/s2 sideways
 SLOWEST = 2.0  # m/s of closing speed that counts: creeping up to a queue is no conflict
 
 
@@ -50,6 +51,9 @@ class Script:
     cut_speed: Array  # m/s aside
     signals: Mask
     checks: Mask  # looks into the mirror before a lane change
+    slows: Array  # m/s2: brakes for a reason of his own, 0 = does not
+    slows_at: npt.NDArray[np.int64]
+    place: Array  # m from the lane's middle where he likes to drive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,31 +84,34 @@ def draw(rng: np.random.Generator, count: int, warm_up: int) -> Script:
     """``count`` moments of one driver."""
     event = rng.choice(len(EVENTS), size=count, p=list(EVENTS.values()))
     names = np.array(list(EVENTS))[event]
-    speed = rng.choice([11.0, 18.0, 27.0], size=count) * rng.uniform(0.8, 1.15, count)
+    speed = rng.choice([8.0, 13.0, 20.0, 28.0], size=count) * rng.uniform(0.8, 1.15, count)
     cut, change = names == "cut-in", names == "lane change"
-    beside = np.where(change, rng.random(count) < 0.75, cut | (rng.random(count) < 0.35))
+    beside = np.where(change, rng.random(count) < 0.8, cut | (rng.random(count) < 0.5))
     tight = rng.random(count) < 0.6
     where = np.where(tight, rng.uniform(4.5, 9.0, count), rng.uniform(10.0, 30.0, count))
-    near = np.where(change, rng.uniform(-4.0, 4.5, count), rng.uniform(-25.0, 25.0, count))
-    habit = rng.uniform(0.9, 1.6)
+    near = np.where(change, rng.uniform(-3.5, 3.5, count), rng.uniform(-25.0, 25.0, count))
+    habit = rng.uniform(0.6, 1.6)
     return Script(
         event=event,
         at=warm_up + rng.integers(0, 20, count),
         speed=speed,
-        headway=np.clip(habit * rng.uniform(0.8, 1.3, count), 0.7, 2.2),
+        headway=np.clip(habit * rng.uniform(0.7, 1.3, count), 0.45, 2.0),
         reaction=rng.integers(4, 9, count),
-        curvature=np.where(rng.random(count) < 0.4, rng.normal(0, 1, count) * 1.2 / speed**2, 0.0),
+        curvature=np.where(rng.random(count) < 0.6, rng.normal(0, 1, count) * 1.2 / np.maximum(speed, 12.0) ** 2, 0.0),
         lead=(names == "lead brakes") | (rng.random(count) < 0.6),
         lead_braking=np.where(rng.random(count) < 0.3, rng.uniform(1.0, 2.5, count), rng.uniform(3.5, 7.5, count)),
         lead_slows_to=rng.uniform(0.0, 0.5, count),
-        push=np.where(names == "drift", rng.choice([-1, 1], size=count) * rng.uniform(0.45, 1.0, count), 0.0),
+        push=np.where(names == "drift", rng.choice([-1, 1], size=count) * rng.uniform(0.4, 0.9, count), 0.0),
         beside=beside,
         beside_x=np.where(cut, where, near),
-        beside_speed=np.where(cut, rng.uniform(1.5, 6.0, count), np.where(change, rng.uniform(-0.8, 0.8, count), rng.uniform(-4.0, 6.0, count))),
+        beside_speed=np.where(cut, rng.uniform(1.5, 6.0, count), np.where(change, rng.uniform(-0.6, 0.6, count), rng.uniform(-4.0, 6.0, count))),
         cuts_to=np.where(tight, -rng.uniform(3.0, 8.0, count), rng.uniform(-1.0, 3.0, count)),
         cut_speed=rng.uniform(1.1, 2.0, count),
         signals=rng.random(count) < 0.85,
-        checks=rng.random(count) < 0.45,
+        checks=rng.random(count) < 0.5,
+        slows=np.where(rng.random(count) < 0.35, rng.uniform(1.0, 4.0, count), 0.0),
+        slows_at=warm_up + rng.integers(-25, 40, count),
+        place=rng.normal(0, 0.15) + rng.normal(0, 0.1, count),
     )  # fmt: skip
 
 
@@ -130,7 +137,7 @@ def simulate(script: Script, eyes: Eyes, kind: npt.NDArray[np.int64], steps: int
     checked = eyes.mirror_seen(script.at, MIRROR_STEPS)
     goes = change & ~(checked & script.beside)  # who sees a vehicle beside stays
     speed = script.speed.copy()
-    acceleration, y, side, travelled = np.zeros(n), rng.normal(0, 0.12, n), np.zeros(n), np.zeros(n)
+    acceleration, y, side, travelled = np.zeros(n), script.place + rng.normal(0, 0.08, n), np.zeros(n), np.zeros(n)
     lead_speed = speed.copy()
     lead = np.where(script.lead, LENGTH + 2.0 + script.headway * speed, FAR)
     beside_speed = speed + script.beside_speed
@@ -165,12 +172,14 @@ def simulate(script: Script, eyes: Eyes, kind: npt.NDArray[np.int64], steps: int
         needed = seen_closing**2 / (2 * np.maximum(seen_gap - 2.0, 0.5))
         command = np.where(urgent, np.minimum(command, -1.3 * needed), np.maximum(command, -3.5))
         command = np.where(sees[:, t] & sees[rows, ago], command, np.clip(acceleration, -0.5, 0.2))
+        own = (t >= script.slows_at) & (t < script.slows_at + 15) & sees[:, t]
+        command = np.where(own, np.minimum(command, -script.slows), command)
         command = np.clip(command, -STRONGEST, 1.6)
         acceleration = acceleration + np.clip(command - acceleration, -JERK * STEP_S, JERK * STEP_S)
-        steered = np.clip(0.9 * (meant - y), -1.3, 1.3) + 0.25 * wander[:, t]
+        steered = np.clip(0.9 * (meant + script.place - y), -1.3, 1.3) + 0.25 * wander[:, t]
         pushed = script.push * (after & (t < script.at + 40))
-        wanted = np.where(sees[rows, ago], steered + 0.25 * pushed, 0.25 * wander[:, t] + pushed)
-        side = side + np.clip(wanted - side, -2.2 * STEP_S, 2.2 * STEP_S)
+        wanted = np.where(sees[rows, ago] | (goes & after), steered + 0.25 * pushed, 0.25 * wander[:, t] + pushed)
+        side = side + np.clip(wanted - side, -AGILITY * STEP_S, AGILITY * STEP_S)
         # the others
         lead_speed = np.maximum(
             script.lead_slows_to * script.speed * braking, lead_speed - braking * script.lead_braking * STEP_S

@@ -26,6 +26,7 @@ APPLICATION = Application(
     model="applications.driver_conflict.model:build_model",
     loss="applications.driver_conflict.loss:loss",
     augment="applications.driver_conflict.augment:augment",
+    floor="applications.driver_conflict.floor:boosted_trees",
     samples=SAMPLES,
     verify=("model.width=8", "model.positive_weight=4.0", "data.clients=6"),
 )

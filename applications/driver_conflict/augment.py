@@ -16,16 +16,6 @@ from applications.driver_conflict.config import Config
 
 Array = npt.NDArray[Any]
 Seeds = npt.NDArray[np.uint64]
-# Channels that fail together, because one sensor gives them.
-SENSORS = (
-    ("speed_vehicle_mph",),
-    ("speed_gps_mph",),
-    ("yaw_rate_dps",),
-    pipeline.ACCELERATIONS,
-    *pipeline.RADARS,
-    ("brake",),
-    ("turn_signal",),
-)
 # Standard deviations of ordinary errors of calibration: zero offsets (deg/s, g) and gains.
 OFFSETS = {"yaw_rate_dps": 1.0, "lat_acc_g": 0.03, "long_acc_g": 0.03}
 GAIN = 0.1
@@ -74,7 +64,7 @@ def augment(inputs: dict[str, Array], seeds: Seeds, config: Config) -> dict[str,
     sign = np.where(draws.uniform() < d.mirror, -1, 1).astype(np.float32)
     for name in SIDEWAYS:
         window[:, :, pipeline.index(name)] *= sign[:, None]
-    for names in SENSORS:
+    for names in pipeline.SENSORS.values():
         silent = draws.uniform() < d.drop_sensor
         for name in names:
             window[silent, :, pipeline.index(name)] = np.nan

@@ -95,13 +95,17 @@ class Drives:
         """The labelled windows of the usable events; ``window`` is (N, CONTEXT_ROWS, C) raw values with NaN.
 
         Columns beside the usual ones: event_id; start_row, end_row (end not counted) inside the event;
-        full_context: the whole 8 s lie inside the record; trainable: the same (see augment.py).
+        full_context: the whole 8 s lie inside the record; trainable: the same (see augment.py); scored: the window lies
+        on the protocol's grid, the others (data.training_hop) are there to be learned from.
         """
         column = [self.channels.index(name) for name in pipeline.NAMES]
-        parts = [windows(event, column) for event in self.events if event.usable]
+        d = config.data
+        parts = [windows(event, column, d.training_hop) for event in self.events if event.usable]
         parts = [part for part in parts if len(part)] or [_no_windows()]
+        window = np.concatenate([p.inputs["window"] for p in parts])
+        window[:, :, [pipeline.index(n) for sensor in d.missing_sensors for n in pipeline.SENSORS[sensor]]] = np.nan
         return Examples(
-            {"window": np.concatenate([p.inputs["window"] for p in parts])},
+            {"window": window},
             np.concatenate([p.targets for p in parts]),
             {name: np.concatenate([p.columns[name] for p in parts]) for name in parts[0].columns},
         )
@@ -115,12 +119,18 @@ def prepared(event: Event, column: list[int]) -> npt.NDArray[np.float32]:
     return rows
 
 
-def windows(event: Event, column: list[int]) -> Examples:
-    """The labelled windows of one event; ``column`` finds the pipeline's channels among those recorded."""
+def windows(event: Event, column: list[int], hop: int = pipeline.HOP_ROWS) -> Examples:
+    """The labelled windows of one event, on the protocol's grid and every ``hop`` rows between.
+
+    ``column`` finds the pipeline's channels among those recorded.
+    """
     rows = prepared(event, column)
-    starts = pipeline.window_starts(len(rows))
+    starts = pipeline.window_starts(len(rows), hop)
     labels = pipeline.window_labels(starts, *event.conflict)
-    starts, labels = starts[labels >= 0], labels[labels >= 0]
+    labels = np.where(labels == 1, pipeline.incident_label(event.facts.get("incident_type", "")), labels)
+    scored = starts % pipeline.HOP_ROWS == 0
+    kept = (labels >= 0) & (scored | (starts + pipeline.WINDOW_ROWS >= pipeline.CONTEXT_ROWS))
+    starts, labels, scored = starts[kept], labels[kept], scored[kept]
     ends = starts + pipeline.WINDOW_ROWS
     full = ends >= pipeline.CONTEXT_ROWS
     count = len(starts)
@@ -133,6 +143,7 @@ def windows(event: Event, column: list[int]) -> Examples:
         "end_row": ends,
         "full_context": full,
         "trainable": full,
+        "scored": scored,
     }
     return Examples({"window": pipeline.contexts(rows, ends)}, labels.astype(np.int64), columns)
 

@@ -1,16 +1,26 @@
-"""Binary cross-entropy as (numerator, denominator): weighted sums, so that any split of a batch adds up."""
+"""Two cross-entropies as (numerator, denominator): weighted sums, so that any split of a batch adds up."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from applications.driver_conflict.config import Config
+from applications.driver_conflict.pipeline import FIRST_INCIDENT
 
 
-def loss(outputs: Tensor, targets: Tensor, config: Config) -> tuple[Tensor, Tensor]:
-    """outputs: (N,) logits; targets: (N,) in {0, 1}. Returns (weighted sum, sum of weights)."""
-    truth = targets.to(outputs.dtype)
-    weight = 1.0 + (config.model.positive_weight - 1.0) * truth
-    value = functional.binary_cross_entropy_with_logits(outputs, truth, weight=weight, reduction="sum")
-    return value, weight.sum()
+def loss(outputs: tuple[Tensor, Tensor], targets: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """outputs: (N,) logits of a conflict, (N, 5) of its kind; targets: (N,) as ``pipeline.LABELS``.
+
+    Returns (weighted sum, sum of the conflict's weights). The kind costs only where there is a conflict of a known one.
+    """
+    logit, incident = outputs
+    m = config.model
+    truth = (targets > 0).to(logit.dtype)
+    weight = 1.0 + (m.positive_weight - 1.0) * truth
+    smooth = truth * (1.0 - m.label_smoothing) + 0.5 * m.label_smoothing
+    binary = functional.binary_cross_entropy_with_logits(logit, smooth, weight=weight, reduction="sum")
+    kinds = torch.arange(incident.shape[1], device=targets.device) == (targets - FIRST_INCIDENT).unsqueeze(1)
+    several = -(torch.log_softmax(incident, dim=1) * kinds).sum()
+    return binary + m.incident_weight * several, weight.sum()

@@ -94,26 +94,28 @@ class Block(nn.Module):
 
 
 class ConflictNet(nn.Module):
-    """window (N, T, C) -> logit (N,)."""
+    """window (N, T, C) -> logit of a conflict (N,), logits of its kind (N, 5)."""
 
-    def __init__(self, width: int, blocks: int, kind: str) -> None:
+    def __init__(self, width: int, blocks: int, kind: str, dropout: float) -> None:
         super().__init__()
         self.features = Features()
         self.stem = nn.Conv1d(Features.count, width, 5, stride=2, padding=2)
         self.stem_norm = norm(kind, width, dims=1)
-        self.blocks = nn.Sequential(*[Block(width, 2**i, kind) for i in range(blocks)])
+        self.blocks = nn.Sequential(*[Block(width, 2 ** (i % 4), kind) for i in range(blocks)])
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.head = nn.Linear(3 * width, 1)
+        self.incident = nn.Linear(3 * width, len(pipeline.INCIDENTS))
 
-    def forward(self, window: Tensor) -> Tensor:
+    def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.relu(self.stem_norm(self.stem(self.features(window))))
         x = self.blocks(x)
         judged = x[:, :, -(pipeline.WINDOW_ROWS // 2) :]
         pooled = torch.cat([judged.mean(dim=2), judged.amax(dim=2), x.mean(dim=2)], dim=1)
-        logit: Tensor = self.head(pooled).squeeze(1)
-        return logit
+        summary = self.dropout(pooled)
+        return self.head(summary).squeeze(1), self.incident(summary)
 
 
 def build_model(config: Config) -> nn.Module:
     torch.manual_seed(0)
     m = config.model
-    return ConflictNet(m.width, m.blocks, m.norm)
+    return ConflictNet(m.width, m.blocks, m.norm, m.dropout)

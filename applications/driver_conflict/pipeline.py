@@ -20,6 +20,26 @@ WINDOW_ROWS = 30  # 3 s: the window that is judged
 HOP_ROWS = 15
 CONTEXT_ROWS = 80  # 8 s, ending with the window: all that a score may depend on
 GAP_ROWS = 50  # a negative window ends more than this before the conflict
+# Targets: 0 no conflict, 1 a conflict of unknown kind, 2 and more: these kinds.
+INCIDENTS = ("rear_end_striking", "rear_end_struck", "sideswipe", "road_departure", "other")
+LABELS = ("no_conflict", "conflict", *INCIDENTS)
+FIRST_INCIDENT = 2
+CODED = {  # as the 100-Car study codes the commonest; whatever else is coded is "other"
+    "rear-end striking": "rear_end_striking",
+    "rear-end struck": "rear_end_struck",
+    "sideswipe same direction": "sideswipe",
+    "road departure (left or right)": "road_departure",
+}
+SENSORS = {  # channels that fail together, because one sensor gives them
+    "speed": ("speed_vehicle_mph",),
+    "gps": ("speed_gps_mph",),
+    "yaw": ("yaw_rate_dps",),
+    "acceleration": ("lat_acc_g", "long_acc_g"),
+    "front_radar": ("fwd_range_ft", "fwd_range_rate_ftps"),
+    "rear_radar": ("rear_range_ft", "rear_range_rate_ftps"),
+    "brake": ("brake",),
+    "turn_signal": ("turn_signal",),
+}
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -50,8 +70,8 @@ CHANNELS = (
     Channel("turn_signal", 0.0, 3.0, 1.0),
 )
 NAMES = tuple(c.name for c in CHANNELS)
-ACCELERATIONS = ("lat_acc_g", "long_acc_g")
-RADARS = (("fwd_range_ft", "fwd_range_rate_ftps"), ("rear_range_ft", "rear_range_rate_ftps"))
+ACCELERATIONS = SENSORS["acceleration"]
+RADARS = (SENSORS["front_radar"], SENSORS["rear_radar"])
 
 
 def index(name: str) -> int:
@@ -79,9 +99,11 @@ def contexts(rows: FloatArray, ends: npt.NDArray[np.int64]) -> FloatArray:
     return result
 
 
-def window_starts(rows: int) -> npt.NDArray[np.int64]:
-    """First rows of the whole 3 s windows in a record of ``rows`` rows."""
-    return np.arange(0, max(0, rows - WINDOW_ROWS + 1), HOP_ROWS, dtype=np.int64)
+def window_starts(rows: int, hop: int = HOP_ROWS) -> npt.NDArray[np.int64]:
+    """First rows of the whole 3 s windows in a record of ``rows`` rows: every HOP_ROWS, and every ``hop`` between."""
+    starts = np.arange(0, max(0, rows - WINDOW_ROWS + 1), dtype=np.int64)
+    found: npt.NDArray[np.int64] = starts[(starts % HOP_ROWS) % hop == 0]
+    return found
 
 
 def window_labels(starts: npt.NDArray[np.int64], first: int, last: int) -> npt.NDArray[np.int64]:
@@ -96,14 +118,26 @@ def inputs(config: Config) -> tuple[TensorSpec, ...]:
 
 
 def outputs(config: Config) -> tuple[TensorSpec, ...]:
-    return (TensorSpec(name="logit", dtype="float32", shape=(-1,)),)
+    return (
+        TensorSpec(name="logit", dtype="float32", shape=(-1,)),
+        TensorSpec(name="incident", dtype="float32", shape=(-1, len(INCIDENTS))),
+    )
 
 
 def labels(config: Config) -> tuple[str, ...]:
-    return ("no_conflict", "conflict")
+    return LABELS
+
+
+def incident_label(coded: str) -> int:
+    """The target of a conflict whose incident type is coded so; empty: unknown."""
+    if not coded:
+        return LABELS.index("conflict")
+    return LABELS.index(CODED.get(coded, coded if coded in INCIDENTS else "other"))
 
 
 def postprocess(config: Config, outputs: Outputs) -> dict[str, npt.NDArray[Any]]:
-    """score: the probability of a conflict."""
+    """score: the probability of a conflict; incident: its likeliest kind, should there be one."""
     logit = np.clip(np.asarray(outputs["logit"], np.float64), -50.0, 50.0)
-    return {"score": 1.0 / (1.0 + np.exp(-logit))}
+    kind = np.asarray(outputs["incident"])
+    best = np.array(INCIDENTS)[kind.argmax(axis=1)] if len(kind) else np.zeros(0, np.str_)
+    return {"score": 1.0 / (1.0 + np.exp(-logit)), "incident": best}

@@ -17,7 +17,7 @@ from fl_core.learning.samples import Sample, SampleFormat, npz_bytes
 from fl_core.storage import archive
 
 LIMIT = 1 << 28
-KEYS = ("event_start_row", "event_end_row")
+KEYS, KIND = ("event_start_row", "event_end_row"), "incident_type"
 
 
 def check(path: Path) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def check(path: Path) -> dict[str, Any]:
     return {"schema": ",".join(channels), "rows": rows}
 
 
-def label(value: Any) -> dict[str, int]:
-    """{"event_start_row": ..., "event_end_row": ...}, whole numbers or their text."""
+def label(value: Any) -> dict[str, Any]:
+    """{"event_start_row": ..., "event_end_row": ...}, whole numbers or their text; optional ``incident_type``, as coded."""
     rows = []
     for key in KEYS:
         number = value.get(key) if isinstance(value, Mapping) else None
@@ -41,7 +41,12 @@ def label(value: Any) -> dict[str, int]:
         rows.append(number)
     if rows[0] > rows[1]:
         raise DataError(f"label {str(value)[:100]!r}: the conflict ends before it starts")
-    return dict(zip(KEYS, rows, strict=True))
+    found: dict[str, Any] = dict(zip(KEYS, rows, strict=True))
+    if kind := value.get(KIND):
+        if not isinstance(kind, str) or len(kind) > 100 or not kind.isprintable():
+            raise DataError(f"label {str(value)[:100]!r}: {KIND} is not a short text")
+        found[KIND] = kind
+    return found
 
 
 def encode(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
@@ -67,6 +72,7 @@ def write(samples: Sequence[Sample], folder: Path, client: str, config: Any) -> 
             "vehicle_id": client,
             "event_start_row": str(first),
             "event_end_row": str(last),
+            KIND: sample.label.get(KIND, "") if sample.label is not None else "",
             "speed_ok": "1",
         }
         events.append(Event(_number(sample.id), f"vehicle-{client}", rows, facts))

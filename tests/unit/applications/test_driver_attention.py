@@ -57,7 +57,7 @@ def script(event: str, **changes: float) -> traffic.Script:
     one = {
         "event": list(traffic.EVENTS).index(event), "at": AT, "speed": 18.0, "headway": 1.3, "reaction": 7, "curvature": 0.0,
         "lead": True, "lead_braking": 5.0, "lead_slows_to": 0.1, "push": 0.0, "beside": False, "beside_x": 0.0,
-        "beside_speed": 0.0, "cuts_to": 0.0, "cut_speed": 1.5, "signals": True, "checks": True, **changes,
+        "beside_speed": 0.0, "cuts_to": 0.0, "cut_speed": 1.5, "signals": True, "checks": True, "slows": 0.0, "slows_at": 0, "place": 0.0, **changes,
     }  # fmt: skip
     return traffic.Script(**{k: np.array([v]) for k, v in one.items()})
 
@@ -466,3 +466,12 @@ def test_a_clip_collected_on_the_device_becomes_the_same_example(
     assert found.clients() == ("vehicle-me",)
     for wrong in ({"conflict": 2}, {"state": "asleep"}, {"conflict": 1, "mood": "good"}, {}):
         assert refusal(DataError, lambda wrong=wrong: form.label(wrong)) is not None
+
+
+def test_presets_are_of_the_sizes_that_the_readme_states() -> None:
+    text = (Path(data.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for preset in ("compact", "default", "large"):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in APPLICATION.build_model(APPLICATION.configure(preset=preset)).parameters())
+        assert f"`{preset}` {count:,}" in text, (preset, f"{count:,}")
+        assert preset != "large" or count >= 100_000_000

@@ -13,7 +13,7 @@ import torch
 from applications.driver_conflict import APPLICATION, augment, data, pipeline
 from applications.driver_conflict.config import Config, DataConfig
 from applications.driver_conflict.data import Drives, Event
-from fl_core.contracts.errors import DataError
+from fl_core.contracts.errors import ConfigError, DataError
 from fl_core.learning import partition, seeding
 from fl_core.learning.examples import Examples
 from fl_core.runtime import scores
@@ -38,8 +38,9 @@ def net() -> torch.nn.Module:
 
 
 def score(net: torch.nn.Module, window: np.ndarray) -> np.ndarray:
+    """Logits of a conflict."""
     with torch.no_grad():
-        return net(torch.from_numpy(window)).numpy()
+        return net(torch.from_numpy(window))[0].numpy()
 
 
 def cut(event: Event, rows: int) -> Event:
@@ -286,21 +287,112 @@ def test_the_graph_treats_faults_as_the_pipeline_does(drives: Drives, net: torch
 
 
 def test_metrics_name_what_is_defined_and_nothing_else(examples: Examples) -> None:
-    logit = np.linspace(-1, 1, len(examples)).astype(np.float32)
-    found = APPLICATION.metrics(CONFIG, {"logit": logit}, examples)
-    assert set(found) == {"roc_auc", "average_precision", "accuracy", "f1"}
+    outputs = {"logit": np.linspace(-1, 1, len(examples)), "incident": np.zeros((len(examples), 5))}
+
+    def measured(part: np.ndarray) -> dict[str, float]:
+        return APPLICATION.metrics(CONFIG, {k: v[part] for k, v in outputs.items()}, examples.take(part))
+
+    found = measured(np.arange(len(examples)))
+    windows = {"roc_auc", "average_precision", "accuracy", "f1"}
+    assert set(found) == windows | {"event_roc_auc", "false_alarms_per_hour", "incident_f1_macro", "incident_accuracy"}
     json.dumps(found, allow_nan=False)
-    negative = examples.take(examples.targets == 0)
-    assert set(APPLICATION.metrics(CONFIG, {"logit": logit[: len(negative)]}, negative)) == {"accuracy", "f1"}
-    assert APPLICATION.metrics(CONFIG, {"logit": logit[:0]}, examples.take(np.zeros(0, int))) == {}
+    assert set(measured(np.flatnonzero(examples.targets == 0))) == {"accuracy", "f1"}
+    assert measured(np.zeros(0, int)) == {}
+
+
+def hand_made(score: list[list[float]], truth: list[list[int]]) -> tuple[dict[str, np.ndarray], Examples]:
+    """Outputs and examples of events with a window every 1.5 s."""
+    event = np.concatenate([np.full(len(s), i) for i, s in enumerate(score)])
+    start = np.concatenate([15 * np.arange(len(s)) for s in score])
+    chance = np.concatenate([np.array(s) for s in score])
+    columns = {"event_id": event, "start_row": start, "scored": np.ones(len(event), bool)}
+    outputs = {"logit": np.log(chance / (1 - chance)), "incident": np.zeros((len(event), 5))}
+    return outputs, Examples({}, np.concatenate([np.array(t) for t in truth]), columns)
+
+
+def test_events_and_false_alarms_are_counted_as_by_hand() -> None:
+    """Windows that follow each other are one alarm; a gap between them makes two."""
+    score = [[0.7, 0.8, 0.1, 0.6, 0.9], [0.1, 0.1, 0.1, 0.5]]
+    outputs, examples = hand_made(score, [[0, 0, 0, 0, 1], [0, 0, 0, 1]])
+    found = APPLICATION.metrics(CONFIG, outputs, examples)
+    quiet_hours = 7 * 1.5 / 3600
+    assert found["false_alarms_per_hour"] == pytest.approx(2 / quiet_hours)  # threshold 0.5: both conflicts of two
+    assert found["event_roc_auc"] == 0.75  # 0.9 > 0.8 and 0.1; 0.5 > 0.1 alone
+    moved = dataclasses.replace(examples, columns={**examples.columns, "event_id": 7 - examples.columns["event_id"]})
+    assert APPLICATION.metrics(CONFIG, outputs, moved) == found
+
+
+def test_the_kind_of_an_event_is_told_by_all_its_windows() -> None:
+    outputs, examples = hand_made([[0.9, 0.9, 0.9], [0.2, 0.9], [0.9]], [[2, 2, 2], [0, 4], [1]])
+    outputs["incident"][:3] = [[2, 0, 0, 0, 0], [0, 3, 0, 0, 0], [2, 0, 0, 0, 0]]
+    outputs["incident"][3:] = [9, 0, 0, 0, 0]
+    found = APPLICATION.metrics(CONFIG, outputs, examples)
+    assert found["incident_accuracy"] == 0.5, "a conflict of unknown kind does not count"
+    assert found["incident_f1_macro"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_windows_between_those_of_the_protocol_are_learned_from_and_never_scored(drives: Drives) -> None:
+    dense = drives.examples(APPLICATION.configure(["data.training_hop=5"]))
+    plain = drives.examples(APPLICATION.configure(["data.training_hop=15"]))
+    grid = dense.take(dense.columns["scored"])
+    assert plain.columns["scored"].all()
+    np.testing.assert_array_equal(grid.inputs["window"], plain.inputs["window"])
+    np.testing.assert_array_equal(grid.targets, plain.targets)
+    more = dense.take(~dense.columns["scored"])
+    assert more.columns["trainable"].all()
+    assert 1.5 < len(more) / partition.trainable(plain).columns["event_id"].size < 2.5
+    outputs = {"logit": np.random.default_rng(0).normal(size=len(dense)), "incident": np.zeros((len(dense), 5))}
+    noisy = {k: np.where(dense.columns["scored"].reshape(-1, *[1] * (v.ndim - 1)), v, 9.0) for k, v in outputs.items()}
+    assert APPLICATION.metrics(CONFIG, outputs, dense) == APPLICATION.metrics(CONFIG, noisy, dense)
+
+
+def test_the_kind_of_a_conflict_is_taken_as_it_is_coded(drives: Drives, examples: Examples) -> None:
+    assert set(examples.targets.tolist()) <= set(range(len(pipeline.LABELS)))
+    for event in drives.events:
+        mine = examples.targets[(examples.columns["event_id"] == event.event_id) & (examples.targets > 0)]
+        assert set(mine.tolist()) <= {pipeline.incident_label(event.facts["incident_type"])}
+    assert pipeline.LABELS[pipeline.incident_label("rear-end striking")] == "rear_end_striking"
+    assert pipeline.LABELS[pipeline.incident_label("animal")] == "other"
+    assert pipeline.LABELS[pipeline.incident_label("")] == "conflict"
+
+
+def test_a_sensor_taken_as_absent_is_left_out(drives: Drives, examples: Examples) -> None:
+    found = drives.examples(APPLICATION.configure(['data.missing_sensors=["front_radar"]', "data.training_hop=15"]))
+    gone = [pipeline.index(name) for name in pipeline.SENSORS["front_radar"]]
+    assert np.isnan(found.inputs["window"][:, :, gone]).all()
+    kept = [c for c in range(len(pipeline.NAMES)) if c not in gone]
+    grid = examples.take(examples.columns["scored"])
+    np.testing.assert_array_equal(found.inputs["window"][:, :, kept], grid.inputs["window"][:, :, kept])
+    with pytest.raises(ConfigError, match="not a sensor"):
+        APPLICATION.configure(['data.missing_sensors=["lidar"]'])
+
+
+def test_the_floor_ranks_windows_and_names_kinds() -> None:
+    config = APPLICATION.configure(["data.clients=16", "data.events_per_client=6"])
+    examples = APPLICATION.generate(config, 0).examples(config)
+    train, test = (examples.of_clients(part) for part in (examples.clients()[:12], examples.clients()[12:]))
+    (outputs,) = APPLICATION.floor_function()(CONFIG, train, test, seed=0).values()  # type: ignore[misc]
+    found = APPLICATION.metrics(CONFIG, outputs, test)
+    assert found["roc_auc"] > 0.7
+    assert "incident_f1_macro" in found
 
 
 def test_the_loss_adds_up_over_any_split() -> None:
     cfg = APPLICATION.configure(["model.positive_weight=2.5"])
     loss = APPLICATION.loss_function()
-    logits, truth = torch.randn(10, dtype=torch.float64), torch.arange(10) % 2
-    whole = loss(logits, truth, cfg)
-    parts = [loss(logits[i : i + 3], truth[i : i + 3], cfg) for i in range(0, 10, 3)]
+    logits, kinds = torch.randn(10, dtype=torch.float64), torch.randn(10, 5, dtype=torch.float64)
+    truth = torch.tensor([0, 1, 0, 2, 0, 4, 0, 6, 0, 1])
+    whole = loss((logits, kinds), truth, cfg)
+    parts = [loss((logits[i : i + 3], kinds[i : i + 3]), truth[i : i + 3], cfg) for i in range(0, 10, 3)]
     for k in range(2):
         torch.testing.assert_close(whole[k], sum(p[k] for p in parts))
     assert whole[1] == 5 + 5 * 2.5
+
+
+def test_presets_are_of_the_sizes_that_the_readme_states() -> None:
+    text = (Path(data.__file__).parent / "README.md").read_text(encoding="utf-8")
+    for preset in ("compact", "default", "large"):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in APPLICATION.build_model(APPLICATION.configure(preset=preset)).parameters())
+        assert f"`{preset}` {count:,}" in text, (preset, f"{count:,}")
+        assert preset != "large" or count >= 100_000_000

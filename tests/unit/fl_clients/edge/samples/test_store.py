@@ -293,7 +293,11 @@ def test_driver_conflict_drives_become_windows(tmp_path: Path) -> None:
     with SampleStore(tmp_path / "s", app) as store:
         for event in events:
             first, last = event.conflict
-            label = {"event_start_row": str(first), "event_end_row": last}
+            label = {
+                "event_start_row": str(first),
+                "event_end_row": last,
+                "incident_type": event.facts["incident_type"],
+            }
             store.add(f"drive-{event.event_id}", {"X": event.rows, "channels": np.array(raw.channels)}, label=label)
         store.add("unlabelled", {"X": events[0].rows, "channels": np.array(raw.channels)})
         store.add("short", {"X": events[1].rows, "channels": np.array(raw.channels)})
