@@ -33,8 +33,8 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    clients: int = number(48, low=1, high=100_000, help="vehicles that the generator makes")
-    clips_per_client: int = number(60, low=1, high=100_000, help="clips of a generated vehicle")
+    clients: int = number(40, low=1, high=100_000, help="vehicles that the generator makes")
+    clips_per_client: int = number(48, low=1, high=100_000, help="clips of a generated vehicle")
     height: int = number(32, low=16, high=512, help="rows of a frame; frames of other sizes are resampled")
     width: int = number(48, low=16, high=512, help="columns of a frame")
     frames: int = number(15, low=4, high=256, help="of each view in a clip")
