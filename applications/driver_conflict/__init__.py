@@ -27,6 +27,7 @@ APPLICATION = Application(
     loss="applications.driver_conflict.loss:loss",
     augment="applications.driver_conflict.augment:augment",
     floor="applications.driver_conflict.floor:boosted_trees",
+    pictures="applications.driver_conflict.pictures:pictures",
     samples=SAMPLES,
     verify=("model.width=8", "model.positive_weight=4.0", "data.clients=6"),
 )

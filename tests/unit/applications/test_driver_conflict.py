@@ -375,6 +375,10 @@ def test_the_floor_ranks_windows_and_names_kinds() -> None:
     found = APPLICATION.metrics(CONFIG, outputs, test)
     assert found["roc_auc"] > 0.7
     assert "incident_f1_macro" in found
+    drawn = APPLICATION.pictures_function()(config, outputs, test)  # type: ignore[misc]
+    assert len(drawn) == 5
+    assert all(picture.startswith(b"\x89PNG") for picture, _ in drawn)
+    assert sum("vehicle-" in caption for _, caption in drawn) == 4
 
 
 def test_the_loss_adds_up_over_any_split() -> None:
