@@ -52,7 +52,7 @@ def pictures(config: Config, outputs: Outputs, examples: Examples) -> list[tuple
 def histogram(score: Array, truth: Array) -> bytes:
     figure = Figure(figsize=(7, 2.8), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    edges = np.linspace(0, 1, 41)
+    edges = np.linspace(0, 1, 41).tolist()
     for happened, colour, name in ((False, COLOURS[0], "no conflict"), (True, COLOURS[1], "conflict")):
         mine = score[truth == happened]
         share = np.full(len(mine), 1 / max(1, len(mine)))
