@@ -25,7 +25,7 @@ class ModelConfig:
     )
     blocks: int = number(1, low=0, high=8, help="residual blocks at each of the two lower resolutions")
     latent: int = number(
-        16, low=2, high=256, help="channels of the bottleneck; the latent vector has two of each, and two more"
+        6, low=2, high=256, help="channels of the bottleneck; the latent vector has two of each, and two more"
     )
     norm: str = choice("group", *NORMS)
 
@@ -40,7 +40,7 @@ class DataConfig:
     images_per_client: int = number(
         24, low=3, high=100_000, help="photographs of a generated field; every third one is of sick plants"
     )
-    view: float = number(0.55, low=0.1, high=10.0, help="metres of ground across a generated photograph, on average")
+    view: float = number(0.4, low=0.1, high=10.0, help="metres of ground across a generated photograph, on average")
     holdout_fraction: float = number(0.2, low=0.0, high=0.9, help="share of clients kept out of training")
     validation_fraction: float = number(
         0.2, low=0.0, high=0.9, help="share of each client's groups kept for validation"

@@ -27,6 +27,9 @@ class ModelConfig:
     width: int = number(16, low=8, high=256, help="channels of the first stage; the last has eight times as many")
     blocks: int = number(1, low=1, high=8, help="residual blocks in each of the four stages")
     norm: str = choice("group", *NORMS)
+    colour_bins: int = number(
+        0, low=0, high=64, help="bins of soft histograms of colours and gradients beside the learned features; 0 = none"
+    )
     label_smoothing: float = number(0.05, low=0.0, high=0.5)
     class_weights: tuple[float, ...] = sequence(
         (), low=0.0, high=1e3, help="of each class in the loss, in the order of data.classes; [] = all equal"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from applications.plant_disease.config import Config
 from fl_core.learning.normalization import norm
@@ -31,10 +32,36 @@ class Block(nn.Module):
         return torch.relu(x + self.second(torch.relu(self.first(x))))
 
 
+class Histograms(nn.Module):
+    """(N, 3, H, W) colours in [0, 1] -> (N, 7 x bins): square roots of soft histograms of the channels, of their shares of the sum,
+    and of the gradient's strength. Triangular bins, so that each value counts in the two nearest."""
+
+    centres: Tensor
+
+    def __init__(self, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+        self.register_buffer("centres", torch.linspace(0, 1, bins).view(1, 1, bins, 1), persistent=False)
+
+    def forward(self, colour: Tensor) -> Tensor:
+        half = functional.avg_pool2d(colour, 2)
+        share = half / (half.sum(dim=1, keepdim=True) + 0.01)
+        grey = half.mean(dim=1, keepdim=True)
+        down, right = grey[:, :, 1:, :-1] - grey[:, :, :-1, :-1], grey[:, :, :-1, 1:] - grey[:, :, :-1, :-1]
+        strength = torch.sqrt((down.abs() + right.abs()).clamp(max=1.0) + 1e-6)
+        found = [self.soft(v) for v in (half, share, strength)]
+        return torch.sqrt(torch.cat(found, dim=1) + 1e-4)
+
+    def soft(self, values: Tensor) -> Tensor:
+        flat = values.flatten(2).unsqueeze(2)
+        near = (1 - (flat - self.centres.to(values.dtype)).abs() * (self.bins - 1)).clamp(min=0)
+        return near.mean(dim=3).flatten(1)
+
+
 class LeafNet(nn.Module):
     """image (N, H, W, 3) uint8 -> logits (N, classes). Scaling of the pixels is part of the graph."""
 
-    def __init__(self, classes: int, width: int, blocks: int, kind: str) -> None:
+    def __init__(self, classes: int, width: int, blocks: int, kind: str, bins: int = 0) -> None:
         super().__init__()
         stages: list[nn.Module] = []
         source = 3
@@ -45,13 +72,17 @@ class LeafNet(nn.Module):
             stages += [Block(target, kind) for _ in range(blocks if number else 0)]  # the first stage is the dear one
             source = target
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(2 * source, classes)
+        self.histograms = Histograms(bins) if bins else None
+        self.head = nn.Linear(2 * source + 7 * bins, classes)
 
     def features(self, image: Tensor) -> Tensor:
-        """(N, 2 x channels): mean and maximum over the image; small lesions show in the second."""
-        scaled = image.permute(0, 3, 1, 2).to(self.head.weight.dtype) * (1 / 64) - 2
-        maps = self.stages(scaled)
-        return torch.cat([maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))], dim=1)
+        """(N, 2 x channels): mean and maximum over the image; small lesions show in the second. Then the histograms, if any."""
+        pixels = image.permute(0, 3, 1, 2).to(self.head.weight.dtype)
+        maps = self.stages(pixels * (1 / 64) - 2)
+        found = [maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))]
+        if self.histograms is not None:
+            found.append(self.histograms(pixels * (1 / 255)))
+        return torch.cat(found, dim=1)
 
     def forward(self, image: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(image))
@@ -60,4 +91,5 @@ class LeafNet(nn.Module):
 
 def build_model(config: Config) -> nn.Module:
     torch.manual_seed(0)
-    return LeafNet(len(config.data.classes), config.model.width, config.model.blocks, config.model.norm)
+    m = config.model
+    return LeafNet(len(config.data.classes), m.width, m.blocks, m.norm, m.colour_bins)

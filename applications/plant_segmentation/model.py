@@ -11,7 +11,7 @@ from applications.plant_segmentation.config import Config
 from applications.plant_segmentation.pipeline import MAPS
 from fl_core.learning.normalization import norm
 
-FULL = 8  # channels at full resolution
+FULL, LAST = 8, 12  # channels at full resolution, where each costs most
 
 
 def block(channels: tuple[int, ...], kind: str) -> nn.Sequential:
@@ -34,9 +34,9 @@ class PlantNet(nn.Module):
         self.down.extend(block((w[k - 1], w[k], w[k]), kind) for k in range(1, levels))
         self.raise_ = nn.ModuleList(nn.ConvTranspose2d(w[k + 1], w[k], 2, stride=2) for k in range(levels - 1))
         self.up = nn.ModuleList(block((2 * w[k], w[k], w[k]), kind) for k in range(levels - 1))
-        self.last = nn.ConvTranspose2d(w[0], 2 * FULL, 2, stride=2)
-        self.join = block((3 * FULL, 2 * FULL), kind)
-        self.head = nn.Conv2d(2 * FULL, MAPS, 1)
+        self.last = nn.ConvTranspose2d(w[0], FULL, 2, stride=2)
+        self.join = block((2 * FULL, LAST), kind)
+        self.head = nn.Conv2d(LAST, MAPS, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.full(image.permute(0, 3, 1, 2).to(self.head.weight.dtype) * (1 / 64) - 2)

@@ -10,10 +10,10 @@ of the layer never leave a client. ``algorithm.head_rule``:
 * discriminant: Fisher's linear discriminant (one covariance for all classes; Hastie, Tibshirani and Friedman, section 4.3), as
   in federated learning from class statistics (CCVR, Luo et al., NeurIPS 2021; Fed3R, Fanì et al., ICML 2024).
 * least_squares: ridge regression on the targets.
-* whitening: W = S^-1/2, b = -W m of all examples, whatever their targets: the layer's output has the squared Mahalanobis
+* whitening: W^T W = S^-1, b = -W m of all examples, whatever their targets: the layer's output has the squared Mahalanobis
   distance as its squared norm.
 
-The layer is ``algorithm.head``. Covariances shrink towards a multiple of the identity by ``algorithm.head_shrinkage``. All other
+The layer is ``algorithm.head``. Covariances shrink towards their diagonal by ``algorithm.head_shrinkage``. All other
 arrays stay as they are.
 """
 
@@ -193,20 +193,17 @@ def solve(sums: Mapping[str, Float64], config: AlgorithmConfig) -> tuple[Float64
     mean = sums[FIRST] / count
     scatter = sums[SECOND] - count * np.outer(mean, mean)
     if config.head_rule == "whitening":
-        values, vectors = shrunk(scatter / count, config.head_shrinkage)
-        weight = (vectors / np.sqrt(values)) @ vectors.T
+        weight = half_inverse(scatter / count, config.head_shrinkage).T
         return weight, -weight @ mean
     targets, cross = sums[TARGETS], sums[CROSS]
     if config.head_rule == "least_squares" or len(targets) == 1:
-        values, vectors = shrunk(scatter / count, config.head_shrinkage)
-        centred = (cross - np.outer(targets, mean)) / count
-        weight = ((centred @ vectors) / values) @ vectors.T
+        half = half_inverse(scatter / count, config.head_shrinkage)
+        weight = (cross - np.outer(targets, mean)) / count @ half @ half.T
         return weight, targets / count - weight @ mean
     present = targets > 0
     means = np.where(present[:, None], cross / np.maximum(targets, 1e-300)[:, None], mean)
     within = (sums[SECOND] - (means * targets[:, None]).T @ means) / count
-    values, vectors = shrunk(within, config.head_shrinkage)
-    half = vectors / np.sqrt(values)  # S^-1 = half half^T
+    half = half_inverse(within, config.head_shrinkage)
     weight = (means - mean) @ half @ half.T
     bias = -0.5 * (((means @ half) ** 2).sum(1) - ((mean @ half) ** 2).sum())
     if config.head_prior == "counts":
@@ -215,13 +212,15 @@ def solve(sums: Mapping[str, Float64], config: AlgorithmConfig) -> tuple[Float64
     return weight, bias
 
 
-def shrunk(covariance: Float64, share: float) -> tuple[Float64, Float64]:
-    """(eigenvalues, eigenvectors) of (1 - share) S + share tr(S) / D I; no value is below a millionth of the mean."""
-    symmetric = (covariance + covariance.T) / 2
-    values, vectors = np.linalg.eigh(symmetric)
-    values = np.maximum(values, 0)
-    mean = float(values.mean()) or 1.0
-    return np.maximum((1 - share) * values + share * mean, 1e-6 * mean), vectors
+def half_inverse(covariance: Float64, share: float) -> Float64:
+    """(D, D) h with S^-1 = h h^T, S shrunk towards its diagonal: features of any scale, and no eigenvalue of the correlations below
+    a millionth."""
+    spread = np.sqrt(np.maximum(np.diagonal(covariance), 0))
+    spread = np.maximum(spread, 1e-6 * float(spread.max(initial=0)) or 1.0)
+    correlation = (covariance + covariance.T) / 2 / np.outer(spread, spread)
+    values, vectors = np.linalg.eigh((1 - share) * correlation + share * np.eye(len(spread)))
+    half: Float64 = vectors / np.sqrt(np.maximum(values, 1e-6)) / spread[:, None]
+    return half
 
 
 def build(config: AlgorithmConfig) -> Algorithm:

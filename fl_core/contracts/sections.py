@@ -84,7 +84,7 @@ class AlgorithmConfig:
         "discriminant", "discriminant", "least_squares", "whitening", help="statistics_head: what is solved for"
     )
     head_shrinkage: float = number(
-        0.1, low=0.0, high=1.0, help="statistics_head: share of the identity in the covariance"
+        0.1, low=0.0, high=1.0, help="statistics_head: share of the diagonal in the covariance"
     )
     head_prior: str = choice("equal", "equal", "counts", help="statistics_head: of the classes in the discriminant")
     max_update_norm: float = number(0.0, low=0.0, help="screening: larger updates are refused; 0 = no bound")

@@ -18,6 +18,8 @@ from applications.plant_disease import APPLICATION, augment, clients, data, floo
 from applications.plant_disease.clients import Facts
 from applications.plant_disease.config import MAIZE, Config
 from applications.plant_disease.data import Leaves
+from applications.plant_disease.model import Histograms
+from edge_export.onnx_file import write_onnx
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.config import to_table
@@ -27,7 +29,9 @@ from fl_core.imagery import photographs
 from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
 from fl_core.learning.partition import split_clients, split_groups
-from fl_core.learning.torch_arrays import get_arrays
+from fl_core.learning.torch_arrays import get_arrays, predict
+from fl_core.runtime.parity import compare
+from fl_core.runtime.session import Session
 from hpc_trainer.performance.estimate import estimate
 
 CONFIG: Config = APPLICATION.configure(["data.clients=5", "data.images_per_client=8", "data.image_size=48"])
@@ -444,3 +448,27 @@ def test_the_large_preset_is_large_and_its_memory_is_known() -> None:
     found = estimate(APPLICATION, "large", ["pretrain.batch_size=2"], world=1, parallel="ddp")
     assert found["parameters"] > 100_000_000
     assert 3 * 4 * found["parameters"] < found["memory_bytes"]["total"] < 6 * 2**30
+
+
+def test_soft_histograms_count_every_pixel_once_in_its_two_nearest_bins() -> None:
+    rng = np.random.default_rng(0)
+    colour = rng.random((2, 3, 8, 8)).astype(np.float32)
+    found = Histograms(5)(torch.from_numpy(colour)).numpy() ** 2 - 1e-4
+    np.testing.assert_allclose(found.reshape(2, 7, 5).sum(-1), 1.0, atol=1e-5)
+    half = colour.reshape(2, 3, 4, 2, 4, 2).mean((3, 5))
+    for image, channel in ((0, 0), (1, 2)):
+        slow = np.zeros(5)
+        for value in half[image, channel].ravel():
+            low = min(int(value * 4), 3)
+            slow[low] += (low + 1 - value * 4) / 16
+            slow[low + 1] += (value * 4 - low) / 16
+        np.testing.assert_allclose(found[image, 5 * channel : 5 * channel + 5], slow, atol=1e-5)
+
+
+def test_histograms_run_on_the_device_as_in_torch(made: Leaves, tmp_path: Path) -> None:
+    config = APPLICATION.configure(["data.image_size=48", "model.width=8", "model.colour_bins=8"])
+    examples = made.examples(config).take(slice(0, 6))
+    model = APPLICATION.build_model(config)
+    write_onnx(model, APPLICATION, config, examples, tmp_path / "m.onnx", opset=config.export.opset)
+    report = compare(predict(model, APPLICATION, config, examples), Session(tmp_path / "m.onnx").run(examples.inputs))
+    assert report.relative_max <= config.export.parity_tolerance
