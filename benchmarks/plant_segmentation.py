@@ -81,6 +81,7 @@ def measured(part: str, data: str, seed: int, *, quick: bool) -> Rows:
             f"applications.{APP}.segment",
             str(work / "model"),
             "--unseen",
+            *(["--mirror"] if part == "lesions" else []),
             "--out",
             str(report.parent),
             *common,

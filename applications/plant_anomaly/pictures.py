@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from applications.plant_anomaly.pipeline import UNKNOWN, probability
 from fl_core.report.charts import COLOURS, png
@@ -19,7 +20,7 @@ def table(rows: Sequence[tuple[str, Array, Array, Array, Array]]) -> bytes:
     """(name, image (S, S, 3), reconstruction (3, S, S), heat (S, S) logits, lesions (S, S)) of each row. PNG."""
     figure = Figure(figsize=(9.4, 2.3 * len(rows) + 0.3), dpi=110, layout="constrained")
     grid = figure.subplots(len(rows), 4, squeeze=False)
-    for places, (name, image, reconstruction, heat, lesions) in zip(grid, rows, strict=True):
+    for number, (places, (name, image, reconstruction, heat, lesions)) in enumerate(zip(grid, rows, strict=True)):
         made = np.clip((reconstruction.transpose(1, 2, 0) + 2) / 4, 0, 1)
         known = np.where(lesions == UNKNOWN, 0.5, lesions)
         shown = ((image, None), (made, None), (probability(heat), "inferno"), (known, "Greys_r"))
@@ -30,7 +31,7 @@ def table(rows: Sequence[tuple[str, Array, Array, Array, Array]]) -> bytes:
             )
             place.set_xticks([])
             place.set_yticks([])
-            if places is grid[0]:
+            if number == 0:
                 place.set_title(title, fontsize=9)
         places[0].set_ylabel(name, fontsize=7.5)
     return png(figure)
@@ -55,6 +56,10 @@ def latent_map(latent: Array, names: Array, thresholds: Mapping[str, float]) -> 
             name, (value, 0.97), xycoords=("data", "axes fraction"), fontsize=7.5, rotation=90, va="top", ha="right"
         )
     places.set(xlabel="first direction", ylabel="second direction", title="latent space, whitened by healthy plants")
-    bars.set(xscale="log", xlabel="distance (about 1 = healthy)", ylabel="density", title="distances")
+    bars.set_xscale("log")
+    bars.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    bars.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    bars.xaxis.set_minor_formatter(NullFormatter())
+    bars.set(xlabel="distance (about 1 = healthy)", ylabel="density", title="distances")
     places.legend(frameon=False, fontsize=7.5)
     return png(figure)

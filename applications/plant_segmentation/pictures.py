@@ -46,13 +46,13 @@ def table(rows: Sequence[tuple[str, Array, Array, Array]]) -> bytes:
     """(name, image (H, W, 3), truth, found) of each row: photograph, truth, prediction, error. PNG."""
     figure = Figure(figsize=(9.2, 2.35 * len(rows) + 0.4), dpi=110, layout="constrained")
     grid = figure.subplots(len(rows), 4, squeeze=False)
-    for places, (name, image, truth, found) in zip(grid, rows, strict=True):
+    for number, (places, (name, image, truth, found)) in enumerate(zip(grid, rows, strict=True)):
         shown = (image, coloured(truth, image), coloured(found, image), errors(truth, found, image))
         for place, picture, title in zip(places, shown, ("photograph", "truth", "prediction", "error"), strict=True):
             place.imshow(picture, interpolation="nearest")
             place.set_xticks([])
             place.set_yticks([])
-            if places is grid[0]:
+            if number == 0:
                 place.set_title(title, fontsize=9)
         places[0].set_ylabel(name, fontsize=8)
     figure.supxlabel(

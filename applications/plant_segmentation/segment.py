@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -92,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--overlap", type=int, default=0, help="of neighbouring tiles, in pixels (default: half a tile)"
     )
+    parser.add_argument(
+        "--mirror", action="store_true", help="mean over each tile's four mirror images: slower, smoother"
+    )
     parser.add_argument("--unseen", action="store_true", help="only clients that the model was not trained on")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most N photographs (default: all)")
     data_option(parser)
@@ -106,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     model = load(args.model, args.overrides)
+    model = replace(model, predict=tiles.mirrored(model.predict)) if args.mirror else model
     config = model.config
     output_folder(args.out)
     found = open_data(APPLICATION, config, args.data, seed=args.seed)

@@ -25,6 +25,22 @@ Array = npt.NDArray[Any]
 Predict = Callable[[Array], Array]  # (N, side, side, 3) uint8 -> (N, 4, side, side)
 
 
+def mirrored(predict: Predict) -> Predict:
+    """The mean over the tile and its three mirror images, each turned back: four times the work, smoother maps."""
+
+    def mean(batch: Array) -> Array:
+        total = np.zeros((len(batch), MAPS, *batch.shape[1:3]), np.float32)
+        for rows in (1, -1):
+            for columns in (1, -1):
+                maps = np.array(predict(np.ascontiguousarray(batch[:, ::rows, ::columns])))[:, :, ::rows, ::columns]
+                total += (
+                    maps * np.array([1, rows, columns, 1], np.float32)[:, None, None]
+                )  # the way to a centre turns, too
+        return total / 4
+
+    return mean
+
+
 def ramp(side: int, overlap: int) -> Array:
     """(side,): rises over ``overlap`` pixels, stays at one, falls: sine squared, never zero."""
     edge = np.sin(np.pi / 2 * np.minimum(1.0, (np.arange(side) + 0.5) / max(overlap, 1))) ** 2

@@ -295,6 +295,16 @@ class TestTiles:
         starts = data.positions(120, 64, 32)[1:]
         assert steps[[s - 1 for s in starts]].max() < 1.5 * np.median(steps)
 
+    def test_mirror_images_agree_once_they_are_turned_back(self) -> None:
+        """A rule that is the same for all mirror images: their mean is the rule itself."""
+        truth = discs((12, 14, 8), (30, 30, 10))
+        image = np.repeat((50 * truth).astype(np.uint8)[..., None], 3, -1)
+
+        def rule(batch: Array) -> Array:
+            return np.stack([grouping.as_maps(one[..., 0] // 50) for one in batch])
+
+        np.testing.assert_allclose(tiles.mirrored(rule)(image[None]), rule(image[None]), atol=1e-6)
+
     def test_gaps_are_refused_and_small_photographs_padded(self) -> None:
         _, model = small_net("batch")
         with pytest.raises(InputError, match="leave gaps"):
