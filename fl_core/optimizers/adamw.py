@@ -7,9 +7,10 @@ import torch.distributed as dist
 
 from fl_core.contracts.sections import OptimizerConfig
 from fl_core.optimizers import trainable
+from fl_core.optimizers._eager import eager
 
 
 def build(
     model: torch.nn.Module, config: OptimizerConfig, group: dist.ProcessGroup | None = None
 ) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(trainable(model), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    return eager(torch.optim.AdamW)(trainable(model), lr=config.lr, weight_decay=config.weight_decay, fused=True)

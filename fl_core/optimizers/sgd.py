@@ -7,9 +7,12 @@ import torch.distributed as dist
 
 from fl_core.contracts.sections import OptimizerConfig
 from fl_core.optimizers import trainable
+from fl_core.optimizers._eager import eager
 
 
 def build(
     model: torch.nn.Module, config: OptimizerConfig, group: dist.ProcessGroup | None = None
 ) -> torch.optim.Optimizer:
-    return torch.optim.SGD(trainable(model), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    return eager(torch.optim.SGD)(
+        trainable(model), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )

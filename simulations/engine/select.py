@@ -1,7 +1,7 @@
 """Which way of doing local updates is taken: measured once for a model, its data, its training and this machine.
 
-Every candidate trains the same few clients, is held to the sequential local update on them, and is timed. The result
-is kept in a file of the user's cache folder, so that the next run starts at once.
+Two steps of one client say how long the run would take sequentially. Where that is long enough, every candidate is measured (by
+``measure``), and the result kept in a file of the user's cache folder, so that the next run starts at once.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path as File
 from typing import Any
@@ -20,15 +19,11 @@ import numpy as np
 import torch
 
 from fl_clients.training.client import Learner
-from fl_core.algorithms.base import Algorithm, ClientUpdate, MeanAggregator
-from fl_core.contracts.config import to_table
-from fl_core.flower.messages import Request
-from fl_core.learning.partition import client_data
-from fl_core.learning.torch_arrays import get_arrays
 from fl_core.runtime.machine import cpu_name
 from fl_core.storage import atomic
 from simulations.engine import native
 from simulations.engine.cache import cache_folder
+from simulations.engine.measure import label, measured, sequential_pace
 from simulations.engine.names import (
     AUTO,
     DEFAULT_STACK,
@@ -40,7 +35,7 @@ from simulations.engine.names import (
     STACKED,
     parsed,
 )
-from simulations.engine.paths import Path, Results, Task
+from simulations.engine.paths import Path
 from simulations.engine.paths.functional import FunctionalPath
 from simulations.engine.paths.sequential import BLOCK, SequentialPath
 from simulations.engine.paths.stacked import StackedPath
@@ -51,15 +46,9 @@ from simulations.engine.program.compiler import UnsupportedModel
 log = logging.getLogger(__name__)
 VERSION = 3  # of the paths: measurements of other ones are not taken over
 STACKS = (8, 32, 128)
-LITTLE = 20_000  # examples: below that the sequential way is done before the others are measured
-BUDGET_SECONDS = (
-    1.5  # of CPU for all candidates together, whatever else the machine does: the first round must not wait long
-)
+WORTH_SECONDS = 1.0  # that the run would take sequentially: below, it is done before the others are measured
 LEAVES_PER_CORE = 4  # a stack is never so large that a round leaves cores without work
 STACK_BYTES = 256 << 20  # of parameters of all clients of a stack
-# Of a client's change, in float32: ties may fall differently, and adaptive optimisers magnify rounding where gradients are
-# near zero; clients that a model mixes up differ by about 1. The exact comparison, in float64, is the tests'.
-DEVIATION = 0.15
 
 
 @dataclass(frozen=True)
@@ -132,21 +121,14 @@ def _choose(
             return Chosen(name, 1 if name == FUSED else wanted, "as asked")
         log.warning("the %s engine does not take this model, the sequential one does: %s", name, reason)
         return Chosen(SEQUENTIAL, BLOCK, f"{name}: {reason}")
-    if rounds * work_of_a_round(learner, population) < LITTLE:
-        return Chosen(SEQUENTIAL, BLOCK, "too little to do to measure first")
     reason = reason_against(FUSED, 1, learner)
     candidates = [(STACKED, k) for k in stacks(most)] if not reason else [(FUNCTIONAL, k) for k in stacks(most)]
     if not reason:
         candidates.insert(0, (FUSED, 1))
     elif why := reason_against(FUNCTIONAL, 2, learner):
         return Chosen(SEQUENTIAL, BLOCK, f"{reason}; {why}" if why != reason else reason)
-    return remembered(learner, population, candidates, seed, cache or cache_file())
-
-
-def work_of_a_round(learner: Learner, population: Population) -> float:
-    """Examples that a round trains on, about."""
-    algorithm = learner.config.algorithm
-    return float((algorithm.clients_per_round or len(population)) * algorithm.local_epochs * usual_size(population))
+    updates = rounds * (learner.config.algorithm.clients_per_round or len(population))
+    return remembered(learner, population, candidates, updates, seed, cache or cache_file())
 
 
 def usual_size(population: Population) -> int:
@@ -182,14 +164,26 @@ def reason_against(name: str, block: int, learner: Learner) -> str:
 
 
 def remembered(
-    learner: Learner, population: Population, candidates: list[tuple[str, int]], seed: int, cache: File
+    learner: Learner, population: Population, candidates: list[tuple[str, int]], updates: int, seed: int, cache: File
 ) -> Chosen:
+    """What was measured before; else measured now, where ``updates`` of clients are enough work to win that time back."""
     key = signature(learner, population, candidates)
     known = read_cache(cache)
     found = known.get(key)
     if isinstance(found, dict) and (found.get("name"), found.get("block")) in [*candidates, (SEQUENTIAL, BLOCK)]:
         return Chosen(found["name"], found["block"], "measured before", dict(found.get("rates", {})))
-    chosen = measured(learner, population, candidates, seed)
+    size = usual_size(population)
+    pace = sequential_pace(learner, population, size, seed)
+    if pace is None:
+        return Chosen(SEQUENTIAL, BLOCK, "no client with examples to measure with")
+    seconds = pace.client_s * updates / usable_cores()
+    if seconds < WORTH_SECONDS:
+        return Chosen(SEQUENTIAL, BLOCK, f"too little to do to measure first: about {seconds:.1f} s")
+    rates = measured(learner, population, candidates, seed, build_path, pace, seconds)
+    name, block = max(rates, key=lambda one: rates[one])
+    named = {label(*one): rate for one, rate in sorted(rates.items(), key=lambda pair: -pair[1])}
+    shown = ", ".join(f"{one} {rate:,.1f}" for one, rate in named.items())
+    chosen = Chosen(name, block, f"measured, clients a second in one process: {shown}", named)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         entry = {k: v for k, v in asdict(chosen).items() if k != "why"}
@@ -197,122 +191,6 @@ def remembered(
     except OSError as error:
         log.info("measurement not kept: %s", error)
     return chosen
-
-
-def measured(learner: Learner, population: Population, candidates: list[tuple[str, int]], seed: int) -> Chosen:
-    """Clients a second of each candidate; one whose results deviate is left out, with a warning."""
-    torch.set_num_threads(1)
-    learner = stateless(learner)
-    tasks = sample(learner, population, max(k for _, k in candidates), seed)
-    request = Request(
-        application=learner.application.name,
-        config=to_table(learner.config),
-        round=1,
-        num_rounds=1,
-        seed=seed,
-        arrays=get_arrays(learner.model),
-    )
-    if not tasks:
-        return Chosen(SEQUENTIAL, BLOCK, "no client with examples to measure with")
-    few = tasks[: min(3, len(tasks))]
-    oracle = SequentialPath(learner)
-    list(oracle.train(few[:1], request))  # first calls initialise kernels
-    start = time.process_time()
-    expected = list(oracle.train(few, request))
-    rates = {SEQUENTIAL: len(few) / (time.process_time() - start)}
-    sizes, began = {SEQUENTIAL: BLOCK}, time.process_time()
-    for name, block in candidates:
-        label = f"{name}:{block}" if name != FUSED else name
-        if block > len(tasks) or time.process_time() - began > BUDGET_SECONDS:
-            continue
-        rate = candidate_rate(name, block, learner, tasks, request, few, expected)
-        if rate:
-            rates[label], sizes[label] = rate, block
-    best = max(rates, key=lambda label: rates[label])
-    shown = ", ".join(f"{label} {rate:,.1f}" for label, rate in sorted(rates.items(), key=lambda p: -p[1]))
-    return Chosen(best.partition(":")[0], sizes[best], f"measured, clients a second in one process: {shown}", rates)
-
-
-def stateless(learner: Learner) -> Learner:
-    """The same work by an algorithm that keeps nothing on clients: measuring must leave no trace."""
-    algorithm = replace(learner.config.algorithm, name="fedavg", personal=())
-    return replace(
-        learner,
-        config=replace(learner.config, algorithm=algorithm),
-        algorithm=Algorithm(MeanAggregator(), ClientUpdate()),
-        states=None,
-    )
-
-
-def candidate_rate(
-    name: str,
-    block: int,
-    learner: Learner,
-    tasks: list[Task],
-    request: Request,
-    few: list[Task],
-    expected: list[Results],
-) -> float:
-    """Clients a second of full stacks; 0 where the path fails or its results are not those of the sequential one."""
-    path = build_path(name, block, learner)
-    try:
-        with torch.no_grad():
-            found = [copied(one) for one in path.train(few, request)]
-            if why := deviation(found, expected, request):
-                log.warning("the %s engine is not used: %s", name, why)
-                return 0.0
-            whole = tasks[: max(block, min(3, len(tasks)))]
-            list(path.train(whole, request))
-            start = time.process_time()
-            list(path.train(whole, request))
-            return len(whole) / (time.process_time() - start)
-    except Exception as error:  # the application's own code under transformations that it does not know
-        log.info("the %s engine does not run: %s", name, error)
-        return 0.0
-
-
-def copied(one: Results) -> Results:
-    """A path's results lie in its buffers until the next ones."""
-    return Results(one.positions, {k: np.array(v) for k, v in one.arrays.items()}, one.num_examples, one.metrics)
-
-
-def deviation(found: list[Results], expected: list[Results], request: Request) -> str:
-    """How the results differ, against each client's own change; "" when they do not."""
-    ours = {p: (one, i) for one in found for i, p in enumerate(one.positions)}
-    for one in expected:
-        for i, position in enumerate(one.positions):
-            if position not in ours:
-                return "a client has no result"
-            other, j = ours[position]
-            difference = change = 0.0
-            for name, start in request.arrays.items():
-                a = np.asarray(one.arrays[name][i], np.float64)
-                difference += float(np.sum((np.asarray(other.arrays[name][j], np.float64) - a) ** 2))
-                change += float(np.sum((a - np.asarray(start, np.float64)) ** 2))
-            if not difference**0.5 <= DEVIATION * change**0.5 + 1e-6:
-                return f"its result differs by {difference**0.5 / (change**0.5 or 1):.1%} of a client's change"
-    return ""
-
-
-def sample(learner: Learner, population: Population, count: int, seed: int) -> list[Task]:
-    """Up to ``count`` clients with examples, from the first ones."""
-    found: list[Task] = []
-    for index in range(min(len(population), 2 * count)):
-        if len(found) == count:
-            break
-        name = population.name(index)
-        try:
-            data = client_data(population.examples(index), name, learner.config.data.validation_fraction, seed)
-        except Exception as error:  # the application's own code: the round will refuse this client with its reason
-            log.info("client %s is not measured with: %s", name, error)
-            continue
-        if len(data.train):
-            found.append(Task(name, partial(_same, data)))
-    return found
-
-
-def _same(data: Any) -> Any:
-    return data
 
 
 # the cache

@@ -24,12 +24,12 @@ from fl_core.learning.application import TensorSpec, application
 from fl_core.learning.examples import ClientData, Examples
 from fl_core.learning.torch_arrays import get_arrays
 from simulations.engine import native
+from simulations.engine.measure import deviation
 from simulations.engine.paths import Path, Results, Task
 from simulations.engine.paths.functional import FunctionalPath
 from simulations.engine.paths.sequential import SequentialPath
 from simulations.engine.paths.stacked import StackedPath
 from simulations.engine.program.compiler import UnsupportedModel
-from simulations.engine.select import deviation
 from simulations.simulate import simulate
 from tests.helpers import small_config
 

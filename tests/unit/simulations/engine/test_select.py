@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fl_core.contracts.errors import InputError
+from fl_core.flower.messages import Request
 from simulations.engine import select
+from simulations.engine.measure import Pace, sequential_pace
 from simulations.engine.names import parsed
+from simulations.engine.paths.sequential import SequentialPath
+from simulations.engine.population import ExamplesPopulation
 from simulations.engine.select import choose
 from tests.helpers import refusal
 from tests.unit.simulations.engine.test_workers import Setup
@@ -64,7 +70,32 @@ def test_little_work_is_not_measured_first(tmp_path: Path) -> None:
     setup = Setup()
     found = choose("auto", setup.learner, setup.population, rounds=1, seed=0, cache=tmp_path / "engines.json")
     assert found.name == "sequential"
+    assert "too little to do" in found.shown()
     assert not (tmp_path / "engines.json").exists()
+
+
+def test_few_slow_clients_are_measured_on_some_of_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup, asked = Setup("algorithm.batch_size=2", "algorithm.local_epochs=3"), []
+    pace = sequential_pace(setup.learner, setup.population, select.usual_size(setup.population), 0)
+    assert pace is not None
+    assert pace.steps == 3 * math.ceil(select.usual_size(setup.population) / 2)
+    monkeypatch.setattr(select, "sequential_pace", lambda *args: Pace(step_s=1.0, steps=pace.steps))
+    train = SequentialPath.train
+
+    def trained(self: SequentialPath, tasks: Any, request: Request) -> Any:
+        asked.append(request.max_steps)
+        return train(self, tasks, request)
+
+    monkeypatch.setattr(SequentialPath, "train", trained)
+    found = choose("auto", setup.learner, setup.population, rounds=1, seed=0, cache=tmp_path / "engines.json")
+    assert "clients a second" in found.shown()
+    assert asked == [2], "of clients of many seconds two steps are enough"
+
+
+def test_no_client_with_examples_is_not_measured() -> None:
+    setup = Setup()
+    empty = setup.raw.examples(setup.config).take(slice(0, 0))
+    assert sequential_pace(setup.learner, ExamplesPopulation(empty, ["a"]), 0, 0) is None
 
 
 def test_what_does_not_fit_falls_back_and_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
