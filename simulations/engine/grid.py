@@ -9,15 +9,13 @@ from flwr.app import Error, Message, MessageType
 
 from fl_clients.training.client import CLIENT_ERROR
 from fl_core.algorithms.base import State
-from fl_core.contracts.errors import Interrupted
-from fl_core.flower import adapter
 from fl_core.flower.messages import Reply, Request
 from fl_server.cohort import CohortGrid, CohortResult
 from simulations.engine.conductor import Conductor
 from simulations.engine.placement import blocks
 from simulations.engine.population import Names
 from simulations.engine.work import EVALUATION, REPLIES, Facts
-from simulations.grid import FIRST_NODE, SERVER_NODE
+from simulations.grid import FIRST_NODE, LocalGrid
 
 Merge = Callable[[State, State], None]
 BATCH = 4  # messages a worker that are answered together: so many whole replies are in memory at a time
@@ -41,21 +39,16 @@ class NodeNames(Mapping[int, str]):
         return len(self._names)
 
 
-class WorkerGrid(CohortGrid):
+class WorkerGrid(LocalGrid, CohortGrid):
     """The clients of a population, trained by workers.
 
-    merge: of the aggregator whose partial states the workers make. ``adapter.assume_identity`` is process-wide: one
-    grid at a time creates messages.
+    merge: of the aggregator whose partial states the workers make.
     """
 
     def __init__(self, conductor: Conductor, merge: Merge) -> None:
+        super().__init__()
         self._conductor, self._merge = conductor, merge
         self._names = Names(conductor.population)
-        self._run = adapter.empty_run(1)
-        self._sent: dict[str, Message] = {}
-        self._replies: dict[str, Message] = {}
-        self._count = 0
-        adapter.assume_identity(run_id=1, task_id=1, node_id=SERVER_NODE)
 
     # a round's clients together
 
@@ -88,13 +81,6 @@ class WorkerGrid(CohortGrid):
 
     # Flower's Grid: message by message
 
-    def set_run(self, run: adapter.Run) -> None:
-        self._run = run
-
-    @property
-    def run(self) -> adapter.Run:
-        return self._run
-
     def get_node_ids(self) -> Iterable[int]:
         return range(FIRST_NODE, FIRST_NODE + len(self._names))
 
@@ -104,23 +90,8 @@ class WorkerGrid(CohortGrid):
     def knows(self, name: str) -> bool:
         return name in self._names
 
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        ids = []
-        for message in messages:
-            self._count += 1
-            message_id = f"message-{self._count}"
-            adapter.set_message_id(message, message_id)
-            self._sent[message_id] = message
-            ids.append(message_id)
-        return ids
-
-    def wait_ready(self, message_ids: set[str], timeout: float, stop: threading.Event | None = None) -> set[str]:
-        """Answers the next few of these messages that ask for the same; a client of this machine is never late."""
-        if stop is not None and stop.is_set():
-            raise Interrupted("the simulation was told to stop")
-        ready = message_ids & self._replies.keys()
-        if ready:
-            return ready
+    def _answer(self, message_ids: set[str], stop: threading.Event | None) -> dict[str, Message]:
+        """The next few of these messages that ask for the same."""
         batch: dict[str, Message] = {}
         for message_id, message in self._sent.items():
             if message_id not in message_ids:
@@ -133,8 +104,7 @@ class WorkerGrid(CohortGrid):
                 break
         for message_id in batch:
             del self._sent[message_id]
-        self._replies.update(self._answers(batch, stop))
-        return set(batch)
+        return self._answers(batch, stop)
 
     def _answers(self, batch: Mapping[str, Message], stop: threading.Event | None) -> dict[str, Message]:
         if not batch:
@@ -154,15 +124,3 @@ class WorkerGrid(CohortGrid):
                 found = Reply(num_examples=count, metrics=metrics)
                 answers[asked[client]] = Message(found.to_record(), reply_to=batch[asked[client]])
         return answers
-
-    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        return [self._replies.pop(i) for i in list(message_ids) if i in self._replies]
-
-    def recall(self, group: str) -> adapter.Exchange | None:
-        """Replies are dropped as soon as they are read, so that memory stays flat: an interrupted round is done again."""
-        return None
-
-    def forget(self, message_ids: Iterable[str]) -> None:
-        for message_id in message_ids:
-            self._sent.pop(message_id, None)
-            self._replies.pop(message_id, None)
