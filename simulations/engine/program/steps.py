@@ -157,6 +157,21 @@ class MaxPoolStep(Step):
         grads.add(self.source, dx.squeeze(2) if self._row else dx)
 
 
+class Given(torch.autograd.Function):
+    """A scalar whose gradients at ``outputs`` are those given. As the last argument of ``torch.autograd.grad`` they would
+    make torch import its symbolic shapes, and with them sympy: a second of every worker's start.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *outputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return outputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, ones: Tensor) -> Any:  # type: ignore[override]
+        return None, *ctx.gradients
+
+
 class Region(Step):
     """Any operations without parameters, as the model wrote them; autograd goes back through these alone.
 
@@ -200,7 +215,9 @@ class Region(Step):
                 towards.append(dy)
         inputs = list(self._inputs.values())
         if outputs and inputs:
-            found = torch.autograd.grad(outputs, inputs, towards, allow_unused=True)
+            with torch.enable_grad():
+                last = Given.apply(towards, *outputs)
+            found = torch.autograd.grad(last, inputs, allow_unused=True)
             for name, dx in zip(self._inputs, found, strict=True):
                 if dx is not None:
                     grads.add(name, dx)
