@@ -39,6 +39,7 @@ from simulations.engine.select import choose
 from simulations.engine.work import ClientWorker
 from simulations.engine.workers import InlineWorkers, MakeWorker, Workers
 from simulations.partitioners import partitioned
+from simulations.resampled import ResampledPopulation, read_spec
 from simulations.virtual.fleet import Fleet, open_fleet
 from simulations.virtual.grid import VirtualGrid
 from simulations.virtual.setup import on_virtual_clock
@@ -78,6 +79,7 @@ def simulate(
     engine: str = AUTO,
     devices: str | Fleet = "",
     partition: str = "",
+    population: str = "",
     cluster: str = "",
 ) -> Simulation:
     """Federate over the clients of ``raw``; the held-out ones are only evaluated on. A Population has none, and makes
@@ -87,6 +89,7 @@ def simulate(
     seconds of their time. workers: processes that train, one thread each (0 = one a core, 1 = this process).
     engine: how local updates are done: "auto", or one of ``engine.select``. devices: "generated", a file or a Fleet: the
     federation runs on a virtual clock, over devices of such speeds and links ("" = all equally fast, no clock).
+    population: clients that draw from the examples, as ``simulations.resampled`` says ("" = those of the data).
     partition: deals the examples out to other clients, as ``simulations.partitioners`` say ("" = those of the data).
     cluster: a Ray cluster to train on, as of ``simulations.cluster.ray_workers`` ("" = this machine).
 
@@ -94,8 +97,8 @@ def simulate(
     wrong with ``devices`` and ``device_states``, before any worker starts.
     """
     torch.set_num_threads(1)
-    population, held_examples, held = _opened(app, config, raw, partition, seed)
-    clients = Names(population)
+    everyone, held_examples, held = _opened(app, config, raw, partition, population, seed)
+    clients = Names(everyone)
     algorithm = build_algorithm(config.algorithm)
     _check(app, config, algorithm, len(clients))
     learner = Learner(app, config, app.build_model(config), algorithm)
@@ -104,7 +107,7 @@ def simulate(
         set_arrays(model, start.arrays, origin="the starting checkpoint")
     initial = get_arrays(model)
     personal_names(initial, config.algorithm.personal)
-    states = SlotStates(out.resolve() / STATES, population.find)
+    states = SlotStates(out.resolve() / STATES, everyone.find)
     learner = replace(learner, states=states)
 
     def evaluate_global(arrays: Arrays) -> dict[str, float]:
@@ -114,19 +117,17 @@ def simulate(
 
     selection = getattr(config, "selection", None) or SelectionConfig()
     kept = learner.algorithm.client_update.stateful or bool(config.algorithm.personal)
-    selector = _selector(selection, device_states, population, seed, app.name, round_s)
+    selector = _selector(selection, device_states, everyone, seed, app.name, round_s)
     fleet = open_fleet(devices, seed) if isinstance(devices, str) and devices else devices
-    same_clients(out, partition)
-    chosen = choose(engine, learner, population, rounds=num_rounds, seed=seed, kept=out / ENGINE_NAME)
-    make = partial(ClientWorker, learner, population, chosen.build, seed=seed)
+    same_clients(out, partition or (f"population {population}" if population else ""))
+    chosen = choose(engine, learner, everyone, rounds=num_rounds, seed=seed, kept=out / ENGINE_NAME)
+    make = partial(ClientWorker, learner, everyone, chosen.build, seed=seed)
     shared = out.resolve() / STATES if kept else None
-    with start_workers(make, workers, len(population), cluster, shared) as pool:
-        grid: StreamGrid = WorkerGrid(
-            Conductor(pool, population, block=chosen.block), learner.algorithm.aggregator.merge
-        )
+    with start_workers(make, workers, len(everyone), cluster, shared) as pool:
+        grid: StreamGrid = WorkerGrid(Conductor(pool, everyone, block=chosen.block), learner.algorithm.aggregator.merge)
         if not isinstance(fleet, str):
             grid, selector = on_virtual_clock(
-                grid, fleet, learner, population, initial, selection, device_states, seed=seed
+                grid, fleet, learner, everyone, initial, selection, device_states, seed=seed
             )
         rounds = RoundEngine(
             grid=grid,
@@ -181,17 +182,18 @@ def same_clients(out: Path, partition: str) -> None:
 
 
 def _opened(
-    app: Application, config: Any, raw: RawData | Population, partition: str, seed: int
+    app: Application, config: Any, raw: RawData | Population, partition: str, population: str, seed: int
 ) -> tuple[Population, Examples | None, tuple[str, ...]]:
     """(training clients, examples of the held-out ones or None, names of these)."""
     if isinstance(raw, Population):
-        if partition or not len(raw):
+        if partition or population or not len(raw):
             raise DataError(
                 f"{app.name}: a population of {len(raw)} clients cannot be dealt out anew"
-                if partition
+                if partition or population
                 else f"{app.name}: the population is empty"
             )
         return raw, None, ()
+    options = read_spec(population) if population else None
     examples = raw.examples(config)
     if partition:
         examples = partitioned(examples, partition, seed)
@@ -199,7 +201,10 @@ def _opened(
     if not clients:
         raise DataError(f"{app.name}: the data set has no usable client")
     held_examples = examples.of_clients(held)
-    return ExamplesPopulation(examples, clients), held_examples if len(held_examples) else None, held
+    judged = held_examples if len(held_examples) else None
+    if options is not None:
+        return ResampledPopulation(examples.of_clients(clients), options, seed), judged, held
+    return ExamplesPopulation(examples, clients), judged, held
 
 
 def start_workers(make: MakeWorker, count: int, clients: int, cluster: str = "", shared: Path | None = None) -> Workers:

@@ -21,9 +21,9 @@ MANY = ("seeds", "sweep", "parquet", "tensorboard", "mlflow")  # of an experimen
 FLOWER = ("num_clients", "run_config", "in_process")
 # Options that would do nothing beside another one, or without it: (the other one, whether it is given, those).
 BESIDE_FLOWER_APP = ("application", "overrides", "preset", "start", "data", "out", "engine", "cluster", "device_states",
-    "round_seconds", "devices", "target", "partition", "plot_partition", *MANY, "jobs", "replay")  # fmt: skip
+    "round_seconds", "devices", "target", "partition", "population", "plot_partition", *MANY, "jobs", "replay")  # fmt: skip
 BESIDE_REPLAY = ("application", "overrides", "preset", "seed", "start", "rounds", "engine", "cluster", "device_states",
-    "round_seconds", "devices", "target", "partition", "plot_partition", *MANY, "jobs", *FLOWER)  # fmt: skip
+    "round_seconds", "devices", "target", "partition", "population", "plot_partition", *MANY, "jobs", *FLOWER)  # fmt: skip
 WRITTEN = {"application": "APP", "overrides": "--set", "start": "--from"}
 
 
@@ -36,6 +36,8 @@ def refuse_idle(args: argparse.Namespace) -> None:
     if args.replay is not None:
         refuse(args, BESIDE_REPLAY, "has no part in --replay: the manifest says it")
         return
+    if args.partition or args.plot_partition is not None:
+        refuse(args, ("population",), "makes its own clients: no --partition, no picture of all of them")
     if experiment.asked_for(args):
         refuse(args, ("target",), "has no part in an experiment")
     else:

@@ -14,6 +14,8 @@ from fl_core.contracts.progress import Progress
 from fl_core.learning.sources import data_option, open_data
 from simulations.commands import devices, engine, partition
 
+LISTED = 100_000  # clients that the document names
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("application", nargs="?", metavar="APP")
@@ -70,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
         "model_sha256": manifest.model_sha256,
         "data": found.origin,
         "partition": args.partition,
+        "population": args.population,
         "engine": result.engine,
         "rounds": len(result.history),
-        "clients": list(result.clients),
+        "clients": list(result.clients) if len(result.clients) <= LISTED else [],
+        "num_clients": len(result.clients),
         "held_out": list(result.held_out),
         "metrics": manifest.metrics,
         "history": [asdict(r) for r in result.history],

@@ -16,6 +16,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="deal the examples out to other clients: iid, dirichlet:alpha=0.3,clients=50, shards, quantity, feature, natural",
     )
     group.add_argument(
+        "--population",
+        default="",
+        metavar="N[:KEY=VALUE,...]",
+        help="N clients that draw their examples from all training ones when they are asked for; size=30, alpha=0.5, spread=0",
+    )
+    group.add_argument(
         "--plot-partition",
         type=Path,
         metavar="FILE.png",
@@ -25,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of ``simulate``."""
-    return {"partition": args.partition}
+    return {"partition": args.partition, "population": args.population}
 
 
 def plot(args: argparse.Namespace) -> int:
