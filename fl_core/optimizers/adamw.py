@@ -13,4 +13,7 @@ from fl_core.optimizers._eager import eager
 def build(
     model: torch.nn.Module, config: OptimizerConfig, group: dist.ProcessGroup | None = None
 ) -> torch.optim.Optimizer:
-    return eager(torch.optim.AdamW)(trainable(model), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    built: torch.optim.Optimizer = eager(torch.optim.AdamW)(
+        trainable(model), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
+    return built

@@ -13,6 +13,7 @@ from fl_core.optimizers._eager import eager
 def build(
     model: torch.nn.Module, config: OptimizerConfig, group: dist.ProcessGroup | None = None
 ) -> torch.optim.Optimizer:
-    return eager(torch.optim.SGD)(
+    built: torch.optim.Optimizer = eager(torch.optim.SGD)(
         trainable(model), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
+    return built
