@@ -35,7 +35,7 @@ SIGNATURES = {  # i: integer, p: pointer, r: number of the arithmetic
     "cross_entropy": "iii pp r pp",
     "gru_forward": "p pppppppp",
     "gru_backward": "p pppppppppppppp rr",
-    "train": "ii p iiiiiii ppppppppp rr",
+    "train": "ii p iiiiiii ppppp pp i ppp rr",
 }
 OUT_OF_MEMORY = 1
 

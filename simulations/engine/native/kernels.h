@@ -528,10 +528,11 @@ static int N(step_backward)(const Int *o, Int b, const REAL *data, REAL *w, REAL
 
 /* data (rows, features) and targets (rows,), client by client in the order of training; sizes: examples of each step, of which
  * client k has steps[k]; denominators: of the loss, by size of batch. values (K, between), each first set to
- * ``origin`` where there is one. totals, weights (K,): of the loss. */
+ * ``origin`` where there is one; offset: added after each step, a row a client or (between 0) one for all. totals, weights (K,): of the loss. */
 int N(train)(Int clients, Int count, const Int *operations, Int fields, Int features, Int classes, Int logits, Int gradient,
              Int room_size, Int between, const REAL *data, const Int *targets, const Int *sizes, const Int *steps,
-             const double *denominators, const REAL *origin, REAL *values, double *totals, double *weights, REAL rate, REAL keep) {
+             const double *denominators, const REAL *origin, const REAL *offset, Int offset_between,
+             REAL *values, double *totals, double *weights, REAL rate, REAL keep) {
     REAL *room = malloc((size_t)(room_size > 0 ? room_size : 1) * sizeof(REAL));
     int code = room ? 0 : 1;
     for (Int k = 0; k < clients && !code; k++) {
@@ -548,6 +549,8 @@ int N(train)(Int clients, Int count, const Int *operations, Int fields, Int feat
                                         room + gradient);
             for (Int i = count - 1; i >= 0 && !code; i--)
                 code = N(step_backward)(operations + i * fields, b, data, w, room, rate, keep);
+            if (offset)
+                for (Int i = 0; i < between; i++) w[i] += offset[k * offset_between + i];
             totals[k] += sum;
             weights[k] += denominators[b];
             data += b * features;

@@ -20,7 +20,6 @@ from simulations.engine import native
 from simulations.engine.program.compiler import Program
 from simulations.engine.program.layers import Conv1d, Linear
 from simulations.engine.program.recurrent import Gru
-from simulations.engine.program.slots import Stack
 from simulations.engine.program.steps import LayerStep, MaxPoolStep, Region, ReluStep, Step
 
 LINEAR, CONV, POOL, RELU, MEAN, LAST, GRU = range(7)  # kinds, as kernels.c numbers them
@@ -254,7 +253,7 @@ def prepared(found: Chain, program: Program, examples: Tensor) -> Tensor:
 
 def train(
     found: Chain,
-    stack: Stack,
+    values: Tensor,
     first: int,
     data: Tensor,
     targets: Tensor,
@@ -262,19 +261,21 @@ def train(
     steps: npt.NDArray[np.int64],
     denominators: Floats,
     origin: Tensor | None,
+    offset: Tensor | None,
     rate: float,
     keep: float,
 ) -> tuple[Floats, Floats]:
-    """Trains the clients ``first``.. of the stack, ``len(steps)`` of them, from ``origin`` (P,) or from what is there;
-    returns (numerators, denominators) of their losses. data (N, ...), targets (N,): in the order of training; sizes: of each step; denominators: by batch size.
+    """Trains the clients ``first``.. of ``values`` (K, P), ``len(steps)`` of them, from ``origin`` (P,) or from what is there;
+    returns (numerators, denominators) of their losses. offset (1 or ``len(steps)``, P): added after each step. data (N, ...), targets (N,): in the order of training; sizes: of each step; denominators: by batch size.
     """  # fmt: skip
     count = len(steps)
     totals, weights = np.zeros(count), np.zeros(count)
     place = found.operations.ctypes.data
     native.run(
         "train", data, count, len(found.operations), place, FIELDS, found.features, found.classes, found.logits,
-        found.gradient, found.room, stack.values.stride(0), data.data_ptr(), targets.data_ptr(), sizes.ctypes.data,
-        steps.ctypes.data, denominators.ctypes.data, native.place(origin), stack.values[first].data_ptr(), totals.ctypes.data,
+        found.gradient, found.room, values.stride(0), data.data_ptr(), targets.data_ptr(), sizes.ctypes.data,
+        steps.ctypes.data, denominators.ctypes.data, native.place(origin), native.place(offset),
+        0 if offset is None or len(offset) == 1 else offset.stride(0), values[first].data_ptr(), totals.ctypes.data,
         weights.ctypes.data, rate, keep,
     )  # fmt: skip
     return totals, weights

@@ -17,6 +17,7 @@ from simulations.engine.native.whole import Chain, NotAChain, chain, prepared, t
 from simulations.engine.paths.losses import StackedLoss
 from simulations.engine.paths.together import CohortPath, Done, Floats
 from simulations.engine.program.compiler import Program
+from simulations.engine.program.rules import Terms
 from simulations.engine.program.slots import Slot, Stack
 
 log = logging.getLogger(__name__)
@@ -35,17 +36,19 @@ class StackedPath(CohortPath):
         self._chain: Chain | None = None
         super().__init__(learner, clients, self.program.layouts, name="stacked" if clients > 1 else "fused")
 
-    def at_once(self, cohort: Cohort, request: Request, stack: Stack, origin: Tensor, rate: float) -> Done | None:
+    def at_once(self, cohort: Cohort, request: Request, stack: Stack, rate: float, terms: Terms) -> Done | None:
         config, targets = self.learner.config, cohort.targets
         if len(self._specs) != 1 or not native.usable(stack.values) or targets.dim() != 1 or int(targets.min()) < 0:
             return None
         course = cohort.course(request, config)
         each, starts = self._clients_at_once(cohort, course), np.concatenate([[0], np.cumsum(course.sizes)])
+        origin, offset = terms.origin, terms.offset(rate)
+        assert origin is not None
         if len(origin) > 1:
             stack.values[: len(cohort)] = origin
         shared = origin[0] if len(origin) == 1 else None
         ends, total, weight = np.cumsum(course.steps), np.zeros(len(cohort)), np.zeros(len(cohort))
-        keep, denominators = 1 - rate * config.optimizer.weight_decay, None
+        keep, denominators = 1 - rate * (config.optimizer.weight_decay + terms.proximal), None
         for first in range(0, len(cohort), each):
             end = min(first + each, len(cohort))
             steps = slice(int(ends[first] - course.steps[first]), int(ends[end - 1]))
@@ -58,9 +61,10 @@ class StackedPath(CohortPath):
             ):
                 return None
             assert self._chain is not None
+            added = offset if offset is None or len(offset) == 1 else offset[first:end]
             total[first:end], weight[first:end] = train(
-                self._chain, stack, first, prepared(self._chain, self.program, x), truth.long().contiguous(),
-                course.sizes[steps], course.steps[first:end], denominators, shared, rate, keep,
+                self._chain, stack.values, first, prepared(self._chain, self.program, x), truth.long().contiguous(),
+                course.sizes[steps], course.steps[first:end], denominators, shared, added, rate, keep,
             )  # fmt: skip
         return total, weight, course.steps
 

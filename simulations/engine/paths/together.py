@@ -97,7 +97,8 @@ class CohortPath(ABC):
             origin=origin,
             shared=parts.shared_only(stack) if parts.proximal else None,
         )
-        done = self.at_once(cohort, request, stack, origin, rate) if stack.grads is None else None
+        simple = is_sgd and not config.optimizer.clip_norm and added.shared is None
+        done = self.at_once(cohort, request, stack, rate, added) if simple else None
         if done is None:
             stack.values[:count] = origin
             self.rule.start(stack.values[:count], rate)
@@ -111,8 +112,10 @@ class CohortPath(ABC):
         found, size = [task.data().train for task in tasks], self.learner.config.algorithm.batch_size
         return gathered([task.client for task in tasks], found, size, keyed=self._augment is not None)
 
-    def at_once(self, cohort: Cohort, request: Request, stack: Stack, origin: Tensor, rate: float) -> Done | None:
-        """All steps of all clients from ``origin`` (K or 1, P), where this path can do that without looking at each; plain SGD, no terms."""
+    def at_once(self, cohort: Cohort, request: Request, stack: Stack, rate: float, terms: Terms) -> Done | None:
+        """All steps of all clients from ``terms.origin``, where this path can do that without looking at each; SGD without
+        momentum or clipping.
+        """
         return None
 
     def _step_by_step(self, cohort: Cohort, request: Request, stack: Stack, added: Terms) -> Done:

@@ -26,6 +26,13 @@ class Terms:
     origin: Tensor | None = None
     shared: Tensor | None = None
 
+    def offset(self, rate: float) -> Tensor | None:
+        """(K or 1, P): what each step of SGD adds beside ``w *= 1 - rate * proximal``; where everything is pulled."""
+        parts = [] if self.correction is None else [self.correction.mul(-rate)]
+        if self.proximal and self.origin is not None:
+            parts.append(self.origin.mul(rate * self.proximal))
+        return (parts[0] if len(parts) == 1 else parts[0] + parts[1]).contiguous() if parts else None
+
 
 class Rule(ABC):
     """Changes values (K, P) by grads (K, P), which it may overwrite."""

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fl_clients.training.client import Learner
+from fl_core.algorithms.base import Algorithm, ClientUpdate, GradientTerms, LocalStart, MeanAggregator
 from simulations.engine import native
 from simulations.engine.native import whole
 from simulations.engine.native.whole import NotAChain, chain
@@ -91,7 +93,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "recurrent, last": lambda: Recurrent(True),
     "recurrent, mean": lambda: Recurrent(False),
 }
-TRAININGS = {"plain": (), "decay, two epochs": ("optimizer.weight_decay=0.1", "algorithm.local_epochs=2")}
+TRAININGS = {
+    "plain": (),
+    "decay, two epochs": ("optimizer.weight_decay=0.1", "algorithm.local_epochs=2"),
+    "proximal": ("algorithm.name=fedprox", "algorithm.proximal_mu=0.5", "optimizer.weight_decay=0.1"),
+}
 
 
 def loss(outputs: Tensor, targets: Tensor, config: Any) -> tuple[Tensor, Tensor]:
@@ -136,6 +142,32 @@ def test_augmentation_limits_of_steps_and_little_memory(
     assert path.whole == 1
 
 
+class Corrected(ClientUpdate):
+    """As SCAFFOLD's, together with a proximal term."""
+
+    def __init__(self, model: nn.Module) -> None:
+        rng = np.random.default_rng(3)
+        self.correction = tuple(rng.normal(size=tuple(p.shape)) for p in model.parameters())
+
+    def terms(self) -> GradientTerms:
+        return GradientTerms(proximal=0.3, correction=self.correction)
+
+
+class EachCorrected(Corrected):
+    def begin(self, start: LocalStart) -> ClientUpdate:
+        """A part of its own for each client, so that there is a correction for each, too."""
+        return self
+
+
+@pytest.mark.parametrize("update", [Corrected, EachCorrected])
+def test_constant_corrections(update: type[Corrected]) -> None:
+    ours = plain(Perceptron)
+    changed, work = dataclasses.replace(ours, algorithm=Algorithm(MeanAggregator(), update(ours.model))), tasks(SHAPE)
+    path = Counting(changed, 4)
+    compare(run(path, work, changed), run(SequentialPath(changed), work, changed))
+    assert path.whole == 1
+
+
 @pytest.mark.parametrize("make", [Skipping, Curved], ids=["skipping", "curved"])
 def test_what_is_no_chain_goes_step_by_step(make: Callable[[], nn.Module]) -> None:
     ours, work = plain(make), tasks(SHAPE)
@@ -146,9 +178,7 @@ def test_what_is_no_chain_goes_step_by_step(make: Callable[[], nn.Module]) -> No
         chain(Program(ours.model), torch.zeros(1, *SHAPE, dtype=torch.float64), 4)
 
 
-@pytest.mark.parametrize(
-    "overrides", [("optimizer.momentum=0.5",), ("optimizer.clip_norm=0.1",), ("algorithm.name=fedprox",)]
-)
+@pytest.mark.parametrize("overrides", [("optimizer.momentum=0.5",), ("optimizer.clip_norm=0.1",)])
 def test_other_training_goes_step_by_step(overrides: tuple[str, ...]) -> None:
     ours, work = plain(Perceptron, *overrides), tasks(SHAPE)
     path = Counting(ours, 4)
