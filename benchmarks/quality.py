@@ -73,12 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality")
     parser.add_argument("--quick", action="store_true", help="one seed, generated toy and driving data, few rounds")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--apps", nargs="*", default=list(PLANS))
+    parser.add_argument("--apps", nargs="*", help="default: all, with --quick two of them")
     parser.add_argument(
         "--cells", nargs="*", help="only these: floor, pooled, federated, or a preset's row (default: all)"
     )
     args = parser.parse_args(arguments)
-    for name in QUICK if args.quick else args.apps:
+    for name in args.apps or (QUICK if args.quick else PLANS):
         plan = PLANS.get(name, Plan())
         cells = [c for c in ("floor", "pooled", *plan.presets, "federated") if not args.cells or c in args.cells]
         for seed in range(1 if args.quick else args.seeds):

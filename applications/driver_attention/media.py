@@ -151,7 +151,7 @@ def video_reader(source: Path) -> Any:
     except ImportError:
         raise DataError(
             f"{source}: reading videos needs the package 'av'",
-            remedy="pip install av, or take the frames out: ffmpeg -i VIDEO -vf fps=5 FOLDER/%06d.png, and name the folder",
+            remedy="pip install 'fieldfleet[video]', or take the frames out: ffmpeg -i VIDEO -vf fps=5 FOLDER/%06d.png, and name the folder",
         ) from None
     return av
 

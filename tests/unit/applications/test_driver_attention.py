@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -362,7 +363,7 @@ FAULTS = {
     "a file": ("media.csv", "r/side.npy", "r/none.npy", "no such file"),
     "outside": ("media.csv", "r/side.npy", "../side.npy", "not a file inside"),
     "a kind": ("media.csv", "r/cabin.tif", "r/motion.csv", "no frames are read from this kind"),
-    "a video": ("media.csv", "r/cabin.tif", "r/cabin.mp4", "pip install av"),
+    "a video": ("media.csv", "r/cabin.tif", "r/cabin.mp4", "fieldfleet[video]"),
     "no rate": ("media.csv", "r/cabin.tif,,0,5", "r/cabin.tif,,,", "start_s and rate_hz"),
     "times": ("r/times.csv", "0.2\n", "0.0\n", "do not ascend"),
     "too few times": ("r/times.csv", "0.2\n", "", "19 timestamps for 20 frames"),
@@ -376,7 +377,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
-def test_a_broken_data_set_is_refused_by_name(tmp_path: Path, fault: str) -> None:
+def test_a_broken_data_set_is_refused_by_name(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
     device(tmp_path)
     (tmp_path / "r" / "cabin.mp4").write_bytes(b"no video")
     name, old, new, message = FAULTS[fault]
@@ -384,6 +386,26 @@ def test_a_broken_data_set_is_refused_by_name(tmp_path: Path, fault: str) -> Non
     assert old in text
     (tmp_path / name).write_text(text.replace(old, new, 1))
     assert message in str(refusal(DataError, lambda: APPLICATION.read(tmp_path)))
+
+
+def test_frames_of_a_video_are_read_by_their_numbers(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for k in range(20):
+            picture = av.VideoFrame.from_ndarray(np.full((64, 96), 12 * k, np.uint8), format="gray")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    source = tmp_path / "v.mp4"
+    found = media.Stream(np.arange(20) / 5, source).frames(np.array([0, 3, 19]), 32, 48)
+    assert found.shape == (3, 32, 48)
+    np.testing.assert_allclose(found.mean(axis=(1, 2)), [0, 36, 228], atol=3)
+    assert "ends before frame 20" in str(refusal(DataError, lambda: list(media.opened(source, np.array([20])))))
+    source.write_bytes(b"no video" * 100)
+    assert "v.mp4: the video does not decode" in str(
+        refusal(DataError, lambda: list(media.opened(source, np.array([0]))))
+    )
 
 
 def test_damaged_frames_are_refused_by_name(tmp_path: Path) -> None:
