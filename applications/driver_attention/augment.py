@@ -27,7 +27,8 @@ def uniform(seeds: Seeds, draw: int) -> npt.NDArray[np.float64]:
 
 
 def augment(inputs: dict[str, Array], seeds: Seeds, config: Config) -> dict[str, Array]:
-    """frames (N, V, T, H, W) with other light, present (N, V, T) with absent views, kinematics (N, T, C) absent at times."""
+    """frames (N, V, T, H, W) with other light, from cameras a little askew; present (N, V, T) with absent views; kinematics
+    (N, T, C) absent at times; and clips that begin late."""
     d = config.data
     present = np.array(inputs["present"], np.float32)
     kinematics = np.array(inputs["kinematics"], np.float32)
@@ -41,8 +42,21 @@ def augment(inputs: dict[str, Array], seeds: Seeds, config: Config) -> dict[str,
         shift = 60 * d.light * (2 * uniform(seeds, 20 + view) - 1)
         table = np.arange(256) * gain[:, None] + shift[:, None]
         table = np.clip(table, 0, 255).astype(np.uint8)
+        down, aside = (_steps(seeds, 40 + 2 * view + k, d.shift, frames.shape[3 + k]) for k in range(2))
         for i in range(count):
-            frames[i, view] = table[i][frames[i, view]] if present[i, view].any() else 0
+            frames[i, view] = table[i][frames[i, view]][:, down[i][:, None], aside[i]] if present[i, view].any() else 0
+    times = present.shape[2]
+    begins = np.where(uniform(seeds, 31) < d.late_start, np.ceil(uniform(seeds, 32) * (times // 2)), 0)
+    late = np.arange(times) < begins[:, None]
+    present *= ~late[:, None]
+    kinematics[late] = np.nan
     frames[present == 0] = 0
     kinematics[uniform(seeds, 30) < d.drop_kinematics] = np.nan
     return {**inputs, "frames": frames, "present": present, "kinematics": kinematics}
+
+
+def _steps(seeds: Seeds, draw: int, share: float, size: int) -> npt.NDArray[np.int64]:
+    """(N, size): which row (or column) each one shows, all moved by a whole number; what comes in repeats the edge."""
+    by = np.rint((2 * uniform(seeds, draw) - 1) * share * size).astype(np.int64)
+    shown: npt.NDArray[np.int64] = np.clip(np.arange(size) + by[:, None], 0, size - 1)
+    return shown

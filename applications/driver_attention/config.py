@@ -51,6 +51,12 @@ class DataConfig:
         0.2, low=0.0, high=0.9, help="augmentation: chance that a view is absent; one always stays"
     )
     drop_kinematics: float = number(0.2, low=0.0, high=1.0, help="augmentation: chance that the kinematics are absent")
+    shift: float = number(
+        0.06, low=0.0, high=0.5, help="augmentation: how far a camera may sit askew, as a share of the frame's sides"
+    )
+    late_start: float = number(
+        0.2, low=0.0, high=1.0, help="augmentation: chance that a clip begins late, by up to a half"
+    )
     light: float = number(0.2, low=0.0, high=1.0, help="augmentation: strength of brightness and contrast")
 
 

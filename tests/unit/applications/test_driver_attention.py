@@ -229,7 +229,9 @@ def test_a_clip_may_begin_late_and_readings_may_be_nonsense(examples: Examples, 
 
 
 def test_augmentation_leaves_a_view_and_drops_the_others_at_their_rate() -> None:
-    config = APPLICATION.configure(["data.drop_view=0.5", "data.drop_kinematics=0.3", "data.frames=4"])
+    config = APPLICATION.configure(
+        ["data.drop_view=0.5", "data.drop_kinematics=0.3", "data.frames=4", "data.late_start=0.0"]
+    )
     inputs = {
         "frames": np.full((600, 3, 4, 16, 16), 100, np.uint8),
         "present": np.ones((600, 3, 4), np.float32),
@@ -241,6 +243,36 @@ def test_augmentation_leaves_a_view_and_drops_the_others_at_their_rate() -> None
     assert np.abs(there.mean(axis=0) - (1 - 0.5 * 2 / 3)).max() < 0.06
     assert abs(np.isnan(found["kinematics"]).mean() - 0.3) < 0.06
     assert (found["frames"][there == 0] == 0).all()
+
+
+def test_augmentation_moves_all_frames_of_a_view_alike_and_begins_late() -> None:
+    config = APPLICATION.configure(["data.drop_view=0.0", "data.light=0.0", "data.late_start=0.5", "data.shift=0.1"])
+    clip = np.random.default_rng(0).integers(1, 256, (1, 3, 15, 32, 48)).astype(np.uint8)
+    inputs = {"frames": np.repeat(clip, 200, 0), "present": np.ones((200, 3, 15), np.float32)}
+    inputs["kinematics"] = np.zeros((200, 15, 6), np.float32)
+    found = augment.augment(inputs, seeding.example_keys(2, np.arange(200)), config)
+    begins = (found["present"][:, 0] == 0).sum(axis=1)
+    assert 0.35 < (begins > 0).mean() < 0.65
+    assert begins.max() == 7
+    moves = set()
+    for i in range(200):
+        assert (found["present"][i, :, : begins[i]] == 0).all()
+        assert (found["present"][i, :, begins[i] :] == 1).all()
+        down, aside = move_between(clip[0, 1, -1], found["frames"][i, 1, -1])
+        for t in range(int(begins[i]), 15):
+            middle = clip[0, 1, t][8 + down : 24 + down, 8 + aside : 40 + aside]
+            np.testing.assert_array_equal(found["frames"][i, 1, t][8:24, 8:40], middle)
+        moves.add((down, aside))
+    assert len(moves) > 20
+
+
+def move_between(before: np.ndarray, after: np.ndarray) -> tuple[int, int]:
+    """(down, aside): by how much the middle of ``after`` shows what lies further in ``before``."""
+    for down in range(-3, 4):
+        for aside in range(-5, 6):
+            if np.array_equal(before[8 + down : 24 + down, 8 + aside : 40 + aside], after[8:24, 8:40]):
+                return down, aside
+    raise AssertionError("not moved by whole pixels")
 
 
 # --- losses and metrics
