@@ -7,6 +7,8 @@ with one sample of weight zero, since collectives wait for every process.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fl_core.contracts.sections import PretrainConfig
 from fl_core.learning import seeding
 from fl_core.learning.application import Application
 from fl_core.learning.examples import Examples
@@ -24,7 +27,7 @@ from fl_core.learning.micro_batch import MicroBatch, micro_batch
 from fl_core.learning.normalization import GHOST_BATCH, GhostBatchNorm
 from fl_core.learning.torch_arrays import tensors
 from hpc_trainer import phases
-from hpc_trainer.layout import Layout
+from hpc_trainer.layout import SAMPLES, Layout
 from hpc_trainer.placement.base import Placement, forward
 from hpc_trainer.placement.stages import Staged
 from hpc_trainer.recipe import Recipe, global_sum
@@ -43,6 +46,15 @@ class Batch:
     keys: npt.NDArray[np.uint64]
 
 
+def micro_batches(config: PretrainConfig, sizes: Mapping[str, int], unit: int = 1) -> tuple[int, int]:
+    """(samples of a micro-batch, micro-batches of a step) on each process of the mesh."""
+    stages = sizes["pipeline"]
+    largest = largest_share(config.batch_size, math.prod(sizes[d] for d in SAMPLES), unit)
+    # four micro-batches a stage keep a pipeline busy for all but a fifth of the time (Huang et al. 2019)
+    size = config.micro_batch or (largest if stages == 1 else -(-largest // (4 * stages)))
+    return size, max(-(-largest // size), stages)
+
+
 class Batches:
     """From this process's share of a global batch to its micro-batches on the device; as many on every process."""
 
@@ -50,11 +62,7 @@ class Batches:
         self.application, self.config, self.data, self.seed = application, config, data, seed
         self.augment = application.augment_function()
         self.unit = GHOST_BATCH if config.model.norm == "ghost" else 1
-        largest = largest_share(config.pretrain.batch_size, layout.shares, self.unit)
-        stages = layout.sizes["pipeline"]
-        # four micro-batches a stage keep a pipeline busy for all but a fifth of the time (Huang et al. 2019)
-        self.size = config.pretrain.micro_batch or (largest if stages == 1 else -(-largest // (4 * stages)))
-        self.count = max(-(-largest // self.size), stages)
+        self.size, self.count = micro_batches(config.pretrain, layout.sizes, self.unit)
 
     def example(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Inputs of one whole micro-batch."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from fl_core.contracts.cli import Subparsers, command, emit, output_folder
 from fl_core.contracts.errors import ExitCode, InputError
+from fl_core.contracts.sections import PARALLEL
 from fl_core.learning.sources import data_option
 
 
@@ -41,7 +42,8 @@ def add_commands(subparsers: Subparsers) -> None:
     )
     estimate.add_argument("--app", required=True, metavar="APP")
     estimate.add_argument("--world", type=int, default=1, metavar="N", help="processes (default: 1)")
-    estimate.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp")
+    estimate.add_argument("--parallel", choices=PARALLEL, default="ddp")
+    estimate.add_argument("--mesh", metavar="DIMENSION=N,...", default="", help="the same as --set pretrain.mesh=")
     estimate.add_argument(
         "--probe", type=Path, metavar="FILE", help="of a node of the cluster: the least time of a step"
     )
@@ -103,6 +105,7 @@ def run_estimate(args: argparse.Namespace) -> int:
         args.overrides,
         world=args.world,
         parallel=args.parallel,
+        mesh=args.mesh,
         probe=read_probe(args.probe) if args.probe else None,
     )
     emit(args, document, lambda: print_estimate(document))
@@ -115,8 +118,9 @@ def print_estimate(document: dict[str, Any]) -> None:
 
     batch = document["batch"]
     table = Table(
-        title=f"{document['application']}: {document['parameters']:,} parameters, {document['world']} processes ({document['parallel']}), "
-        f"batch {batch['global']}, {batch['process']} each"
+        title=f"{document['application']}: {document['parameters']:,} parameters, {document['world']} processes "
+        f"({document['parallel']}: {', '.join(f'{k}={v}' for k, v in document['mesh'].items()) or 'alone'}), "
+        f"batch {batch['global']}, {batch['micro_batches']} x {batch['process']} each"
     )
     table.add_column("each process", overflow="fold")
     table.add_column("", justify="right")

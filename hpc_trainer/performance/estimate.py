@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,14 @@ from fl_core.contracts.sections import OptimizerConfig
 from fl_core.learning.application import Application
 from fl_core.optimizers._kfac_blocks import blocks_of
 from fl_core.optimizers.kfac import Cut
+from hpc_trainer.layout import mesh_sizes
 from hpc_trainer.performance import tracking
+from hpc_trainer.performance.arrangement import Held, adding, held, part_of
+from hpc_trainer.placement.blocks import blocks, recompute_activations
+from hpc_trainer.placement.sharded import SMALLEST
+from hpc_trainer.refusals import refuse_arrangement
+from hpc_trainer.step import micro_batches
 
-PARALLEL = ("ddp", "fsdp")
 # Code of torch and oneDNN that the first training step of a process makes resident, whatever the model (measured, x86).
 LIBRARIES = 88_000_000
 ADAM = {"adamw": 2, "lamb": 2, "sgd": 1, "lars": 1}  # copies of the parameters
@@ -34,35 +39,51 @@ def estimate(
     *,
     world: int,
     parallel: str,
+    mesh: str = "",
     probe: dict[str, Any] | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
     if world < 1:
         raise InputError(f"--world {world}: at least one process is needed")
+    overrides = [*overrides, f"pretrain.parallel={parallel}", *([f"pretrain.mesh={mesh}"] if mesh else [])]
     config = app.configure(overrides, preset=preset)
-    batch = -(-config.pretrain.batch_size // world)
+    pretrain, sizes = config.pretrain, mesh_sizes(config.pretrain, world)
+    refuse_arrangement(config, sizes)
+    batch, count = micro_batches(pretrain, sizes)
     targets = _targets(app, preset, overrides)
     loss = app.loss_function()
+    axis, parts = pretrain.spatial_axis, sizes["spatial"]
     with tracking.unallocated():
         model = app.build_model(config)
-        inputs = [torch.zeros((batch, *s.shape[1:]), dtype=getattr(torch, s.dtype)) for s in app.inputs(config)]
-        expected = torch.zeros((batch, *targets.shape[1:]), dtype=targets.dtype)
-        tracked = tracking.track(model, inputs, expected, lambda o, t: loss(o, t, config), device)
-        count = tracking.elements(model)
-        whole = 4 * count
+        shapes = [(part_of((batch, *s.shape[1:]), axis, parts), getattr(torch, s.dtype)) for s in app.inputs(config)]
+        inputs = [torch.zeros(shape, dtype=dtype) for shape, dtype in shapes]
+        behind = axis - (len(shapes[0][0]) - 1 == targets.dim())  # labels of each place have no channels
+        expected = torch.zeros(part_of((batch, *targets.shape[1:]), behind, parts), dtype=targets.dtype)
+        kept = held(
+            model, inputs, sizes, parallel=parallel, axis=axis, schedule=pretrain.schedule_of_stages, count=count
+        )
+        whole_count = tracking.elements(model)
         state = state_bytes(model, config.optimizer)
-        largest = max((4 * tracking.elements(child) for child in model.children()), default=0)
-    memory = _memory(tracked, whole, state, largest, world, parallel, device)
-    messages = _messages(whole, world, parallel)
+        units = [4 * tracking.elements(unit) for unit in blocks(model)]
+        largest = max((size for size in units if size >= 4 * SMALLEST), default=4 * whole_count)
+        if pretrain.activation_checkpointing:
+            recompute_activations(model)
+        tracked = tracking.track(model, inputs, expected, lambda o, t: loss(o, t, config), device)
+    whole = 4 * kept.parameters
+    memory = _memory(tracked, kept, whole_count, state * kept.parameters // whole_count, largest, sizes, count, device)
+    shards, adds = kept.shards, adding(sizes)
+    flops = {"forward": tracked.forward_flops, "backward": tracked.backward_flops}
+    work = count / (sizes["tensor"] * sizes["pipeline"])
     document: dict[str, Any] = {
         "application": app.name,
         "world": world,
         "parallel": parallel,
-        "batch": {"global": config.pretrain.batch_size, "process": batch},
-        "parameters": count,
+        "mesh": {name: size for name, size in sizes.items() if size > 1},
+        "batch": {"global": pretrain.batch_size, "process": batch, "micro_batches": count},
+        "parameters": whole_count,
         "memory_bytes": memory,
-        "flops": {"forward": tracked.forward_flops, "backward": tracked.backward_flops},
-        "message_bytes": messages,
+        "flops": {name: int(value * work) for name, value in flops.items()},
+        "message_bytes": _messages(whole, adds, shards) + kept.sent,
     }
     if probe:
         document["step_seconds_at_least"] = _seconds(document, probe)
@@ -80,30 +101,41 @@ def _targets(app: Application, preset: str, overrides: Sequence[str]) -> torch.T
 
 
 def _memory(
-    tracked: tracking.Tracked, whole: int, state: int, largest: int, world: int, parallel: str, device: str
+    tracked: tracking.Tracked,
+    kept: Held,
+    count: int,
+    state: int,
+    largest: int,
+    sizes: Mapping[str, int],
+    parts: int,
+    device: str,
 ) -> dict[str, int]:
     """Bytes of a process by kind, at the higher of two points: in the backward pass, and in the optimiser's step."""
-    share = world if parallel == "fsdp" else 1
+    share, mine = kept.shards, kept.parameters / count
     high = {k: int(v) for k, v in tracked.peak.items()}
+    parameters = int(high.get("parameters", 0) * mine) // share
+    whole = 4 * kept.parameters
+    gradients = high.get("gradients", 0) * mine
     passes = {
-        "parameters": high.get("parameters", 0) // share,
-        "gradients": high.get("gradients", 0) // share,
+        "parameters": parameters,
+        "gradients": int(gradients if parts == 1 else whole) // share,
         "optimizer": state // share,
-        "activations": high.get("activations", 0),
-        "temporaries": high.get("temporaries", 0),
-        "inputs": high.get("inputs", 0),
+        "activations": int(high.get("activations", 0) * kept.in_flight),
+        "temporaries": high.get("temporaries", 0) + kept.fetched,
+        "halo": kept.halo,
+        "inputs": high.get("inputs", 0) * parts,
     }
     step = {
-        "parameters": high.get("parameters", 0) // share,
+        "parameters": parameters,
         "gradients": whole // share,
         "optimizer": state // share,
-        "inputs": high.get("inputs", 0),
+        "inputs": high.get("inputs", 0) * parts,
     }
-    if parallel == "fsdp" and world > 1:
+    if share > 1:
         passes["gathered"] = 2 * largest  # one unit's parameters and gradients, whole
-    elif world > 1:  # DDP's buckets hold the gradients once more
+    elif adding(sizes) > 1 and sizes["pipeline"] == 1:  # DDP's buckets hold the gradients once more
         passes["buckets"] = step["buckets"] = whole
-    found = max(passes, step, key=lambda point: sum(point.values()))
+    found = {k: v for k, v in max(passes, step, key=lambda point: sum(point.values())).items() if v or k != "halo"}
     found["libraries"] = LIBRARIES if device == "cpu" else 0
     return {**found, "total": sum(found.values())}
 
@@ -134,10 +166,12 @@ def state_bytes(model: nn.Module, config: OptimizerConfig) -> int:
     )
 
 
-def _messages(whole: int, world: int, parallel: str) -> int:
-    """Bytes that a process sends in a step: a ring's all-reduce, or FSDP's two gathers and one scatter."""
-    rounds = {"ddp": 2, "fsdp": 3}[parallel]
-    return int(rounds * (world - 1) / world * whole)
+def _messages(whole: int, adding: int, shards: int) -> int:
+    """Bytes of parameters and gradients that a process sends in a step: a ring's all-reduce, or FSDP's two gathers and one
+    scatter over the shards, and the all-reduce of its shard over the copies."""
+    copies = adding // shards
+    found = 3 * (shards - 1) / shards * whole if shards > 1 else 0
+    return int(found + 2 * (copies - 1) / copies * whole / shards)
 
 
 def _seconds(document: dict[str, Any], probe: dict[str, Any]) -> float | None:

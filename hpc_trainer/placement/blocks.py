@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fl_core.learning.micro_batch import recomputation
+from hpc_trainer.spatial.windows import recomputed
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -36,4 +37,4 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), recomputation()
+    return recomputed(), recomputation()

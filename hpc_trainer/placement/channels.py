@@ -108,17 +108,39 @@ def _summed(x: Tensor, group: ProcessGroup) -> Tensor:
     return made
 
 
+@dataclass(frozen=True)
+class Plan:
+    """pairs: (layer, channel-wise layers, layer) without a gather between them; columns: layers of which outputs are gathered."""
+
+    pairs: list[tuple[Any, list[nn.Module], Any]]
+    columns: list[Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, size: int) -> Plan:
+        """Every linear layer and convolution that has a channel (and group of channels) for each of ``size`` processes."""
+        pairs, paired = [], set()
+        for sequence in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
+            for first, between, second in _pairs(sequence, size):
+                if first not in paired and second not in paired:
+                    paired |= {first, second}
+                    pairs.append((first, between, second))
+        layers = [m for m in model.modules() if isinstance(m, LAYERS) and m not in paired]
+        return cls(pairs, [m for m in layers if _divides(m, size)])
+
+    def cut_parameters(self) -> list[nn.Parameter]:
+        found = [first.bias for first, _, _ in self.pairs] + [layer.bias for layer in self.columns]
+        for first, between, second in self.pairs:
+            found += [first.weight, second.weight, *(p for layer in between for p in layer.parameters(recurse=False))]
+        return [p for p in [*found, *(layer.weight for layer in self.columns)] if p is not None]
+
+
 def split_channels(model: nn.Module, group: ProcessGroup) -> nn.Module:
-    """Cuts every linear layer and convolution that has a channel (and group of channels) for each process, in place."""
-    paired: set[nn.Module] = set()
-    for sequence in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-        for first, between, second in list(_pairs(sequence, dist.get_world_size(group))):
-            if first not in paired and second not in paired:
-                paired |= {first, second}
-                _pair(first, between, second, group)
-    for module in model.modules():
-        if isinstance(module, LAYERS) and module not in paired:
-            _column(module, group)
+    """Cuts what ``Plan`` says, in place."""
+    plan = Plan.of(model, dist.get_world_size(group))
+    for first, between, second in plan.pairs:
+        _pair(first, between, second, group)
+    for layer in plan.columns:
+        _column(layer, group)
     return model
 
 
@@ -148,12 +170,14 @@ def _shrink(module: nn.Module, name: str, cut: Slice) -> None:
     setattr(module, name, part)
 
 
+def _divides(layer: Any, size: int) -> bool:
+    groups = getattr(layer, "groups", 1)
+    return _outputs(layer) >= size and (groups == 1 or groups % size == 0)
+
+
 def _column(layer: Any, group: ProcessGroup) -> None:
     """Output channels cut, gathered after the layer. A grouped convolution is cut between its groups."""
-    size = dist.get_world_size(group)
-    groups = getattr(layer, "groups", 1)
-    if _outputs(layer) < size or (groups > 1 and groups % size):
-        return
+    size, groups = dist.get_world_size(group), getattr(layer, "groups", 1)
     inputs: Slice | None = None
     if groups > 1:
         inputs = Slice(1, layer.in_channels, group)

@@ -30,7 +30,7 @@ Loss = Callable[[Any, int], Tensor]  # (outputs of a micro-batch, its number) ->
 
 
 def layer_costs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str, int]]:
-    """(name, multiply-adds) of the layers with parameters that are called exactly once, in the order of their calls."""
+    """(name, multiply-adds) of each call of a layer with parameters, in their order."""
     calls: list[tuple[str, int]] = []
     hooks = []
     for name, module in model.named_modules():
@@ -48,25 +48,37 @@ def layer_costs(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[tuple[str,
         model(*inputs)
     for hook in hooks:
         hook.remove()
-    names = [name for name, _ in calls]
-    return [(name, cost) for name, cost in calls if names.count(name) == 1]
+    return calls
 
 
 def cut_points(costs: list[tuple[str, int]], stages: int) -> list[str]:
     """The layers with which stages 1, 2, ... begin. Raises ConfigError where there are too few layers."""
-    if len(costs) < stages:
+    names = [name for name, _ in costs]
+    usable = [n for n, name in enumerate(names) if names.count(name) == 1]
+    if len(usable) < stages:
         raise ConfigError(
-            f"pretrain.mesh: {stages} pipeline stages, but the model has {len(costs)} layers that can begin one",
+            f"pretrain.mesh: {stages} pipeline stages, but the model has {len(usable)} layers that can begin one",
             remedy="use fewer stages",
         )
     before = [0, *itertools.accumulate(cost for _, cost in costs)]
     chosen: list[int] = []
     for stage in range(1, stages):
-        low = chosen[-1] + 1 if chosen else 1
-        high = len(costs) - (stages - stage)  # leaves a layer for each stage to come
+        first = usable.index(chosen[-1]) + 1 if chosen else 1
+        candidates = usable[first : len(usable) - (stages - stage - 1)]  # leaves a layer for each stage to come
         goal = before[-1] * stage / stages
-        chosen.append(min(range(low, high + 1), key=lambda n: abs(before[n] - goal)))
-    return [costs[n][0] for n in chosen]
+        chosen.append(min(candidates, key=lambda n: abs(before[n] - goal)))
+    return [names[n] for n in chosen]
+
+
+def parameters_of_stages(model: nn.Module, costs: list[tuple[str, int]], points: list[str]) -> list[int]:
+    """Elements of the parameters in each stage."""
+    found, stage, seen = [0] * (len(points) + 1), 0, set()
+    for name, _ in costs:
+        stage += stage < len(points) and name == points[stage]
+        if name not in seen:
+            found[stage] += sum(p.numel() for p in model.get_submodule(name).parameters())
+        seen.add(name)
+    return found
 
 
 class Staged(Placement):

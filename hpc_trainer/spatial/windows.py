@@ -6,11 +6,14 @@ row o. Each process computes the outputs that belong to its rows; any cut, uneve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from hpc_trainer.spatial.exchange import Range, Split, rows
@@ -64,9 +67,52 @@ def windowed(
             wanted.append((-span, 0))
         else:
             wanted.append((first * stride - before, (last - 1) * stride - before + span))
-    made = compute(rows(local(x), x.placed, wanted, fill))
+    own = local(x)
+    fetched = rows(own, x.placed, wanted, fill)
+    with _kept_in_pieces(own, fetched, x.placed.mine[0] - wanted[split.rank][0], position(x)):
+        made = compute(fetched)
     low, high = split.mine
     return wrap(made.narrow(position(x), 0, high - low), split)
+
+
+_recomputed = False
+
+
+@contextlib.contextmanager
+def recomputed() -> Iterator[None]:
+    """Around a forward pass whose activations are computed again in the backward pass: nothing is kept here."""
+    global _recomputed
+    before, _recomputed = _recomputed, True
+    try:
+        yield
+    finally:
+        _recomputed = before
+
+
+def _kept_in_pieces(own: Tensor, fetched: Tensor, offset: int, axis: int) -> AbstractContextManager[object]:
+    """Until the backward pass a layer keeps the fetched rows and shares its own ones with whoever keeps them too.
+
+    The fetched tensor is a copy of both, and would be a second copy of every activation. offset: of the own rows in it.
+    """
+    low, high = max(0, offset), min(fetched.shape[axis], offset + own.shape[axis])
+    if fetched is own or high <= low or _recomputed or not torch.is_grad_enabled():
+        return contextlib.nullcontext()
+    before = fetched.detach().narrow(axis, 0, low).clone()
+    after = fetched.detach().narrow(axis, high, fetched.shape[axis] - high).clone()
+    inner = own.detach().narrow(axis, low - offset, high - low)
+    place, shape, version = fetched.data_ptr(), fetched.shape, own._version
+
+    def pack(tensor: Tensor) -> Any:
+        return None if tensor.data_ptr() == place and tensor.shape == shape else tensor
+
+    def unpack(kept: Any) -> Any:
+        if kept is not None:
+            return kept
+        if own._version != version:
+            raise RuntimeError("a layer's input was changed in place before the backward pass")
+        return torch.cat([before, inner, after], axis)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 @handles(torch.conv1d, torch.conv2d, torch.conv3d, functional.conv1d, functional.conv2d, functional.conv3d)

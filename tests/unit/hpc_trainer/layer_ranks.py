@@ -27,6 +27,10 @@ from hpc_trainer.spatial.exchange import Split, rows
 from hpc_trainer.spatial.part import Part
 
 
+def _kernel(x: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, 4 * 4 * 27, dtype=x.dtype).view(4, 4, 3, 3, 3)
+
+
 class Apply(nn.Module):
     """A function of cut tensors, behind a convolution so that there is a parameter."""
 
@@ -99,6 +103,9 @@ def cases() -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
         "transposed, flattened": lambda x: x.transpose(1, 3).flatten(3).permute(0, 2, 1, 3).reshape(2, 11, 6, 20),
         "softmax": lambda x: torch.log_softmax(x, 1) + x.softmax(dim=-1),
         "in place": lambda x: x.clone().mul_(2.0).add_(x).relu_(),
+        "changed in place behind a layer": lambda x: (
+            functional.conv3d(x.relu(), _kernel(x), padding=1).mul_(2.0) + x.clone().add_(1.0)
+        ),
         "stack, split": lambda x: torch.stack(x.split(2, dim=1), 0).sum(0) + torch.stack(x.chunk(2, 1), -1)[..., 0],
         "expand": lambda x: x.mean(1, keepdim=True).expand(-1, 3, -1, -1, -1),
         "matrix of each fibre": lambda x: functional.linear(x, torch.ones(3, 5, dtype=x.dtype)),

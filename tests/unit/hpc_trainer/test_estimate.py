@@ -12,8 +12,10 @@ from fl_core.contracts.errors import InputError
 from fl_core.contracts.sections import OptimizerConfig
 from fl_core.learning.application import application
 from fl_core.optimizers import build_optimizer, known_optimizers
+from hpc_trainer.layout import PARTS
 from hpc_trainer.performance import tracking
 from hpc_trainer.performance.estimate import estimate, state_bytes
+from hpc_trainer.placement.channels import Plan
 from tests.helpers import fieldfleet
 
 ESTIMATED = [n for n in known_optimizers() if n != "shampoo"]
@@ -73,6 +75,34 @@ def test_shares_fall_with_the_world(name: str) -> None:
     assert one["flops"]["forward"] == pytest.approx(4 * many["ddp"]["flops"]["forward"])
     assert many["ddp"]["message_bytes"] == int(1.5 * 4 * one["parameters"])
     assert many["fsdp"]["memory_bytes"]["optimizer"] <= many["ddp"]["memory_bytes"]["optimizer"] / 4
+
+
+def test_each_dimension_of_the_mesh_cuts_what_it_says() -> None:
+    app, overrides = application("seismic_facies"), ["model.norm=group", "pretrain.batch_size=4", "model.width=32"]
+    one = estimate(app, "default", overrides, world=1, parallel="ddp")
+    two = {m: estimate(app, "default", overrides, world=2, parallel="ddp", mesh=f"{m}=2") for m in PARTS}
+    memory = {m: found["memory_bytes"] for m, found in two.items()}
+    whole = one["memory_bytes"]
+    assert memory["spatial"]["activations"] == pytest.approx(whole["activations"] / 2, rel=0.01)
+    assert 0 < memory["spatial"]["halo"] < 0.1 * whole["activations"]
+    assert memory["spatial"]["optimizer"] == whole["optimizer"]
+    assert memory["tensor"]["optimizer"] == pytest.approx(whole["optimizer"] / 2, rel=0.01)
+    assert memory["tensor"]["activations"] == whole["activations"]
+    assert memory["pipeline"]["optimizer"] < whole["optimizer"]
+    assert memory["pipeline"]["activations"] == pytest.approx(
+        whole["activations"] / 4
+    )  # four micro-batches, two in flight of half
+    assert all(found["message_bytes"] > 0 for m, found in two.items() if m != "pipeline")
+    sharded = estimate(app, "default", overrides, world=2, parallel="fsdp", mesh="spatial=2")["memory_bytes"]
+    assert sharded["optimizer"] == whole["optimizer"] // 2
+    assert sharded["activations"] == memory["spatial"]["activations"]
+
+
+def test_the_parameters_that_a_rank_of_tensor_parallelism_holds() -> None:
+    """By hand: the pair's weights and what lies between are halved, the second bias is whole; the odd head is cut too."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4), nn.Flatten(), nn.Linear(4, 1))
+    cut = sum(p.numel() for p in Plan.of(model, 2).cut_parameters())
+    assert cut == 24 + 6 + 24  # weight and bias of the first, weight of the second; one output is not cut
 
 
 def test_the_command_prints_an_estimate_of_a_model_that_fits_nowhere_here() -> None:
