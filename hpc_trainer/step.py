@@ -177,7 +177,9 @@ class Step:
         if not self.ghosts:
             return
         parts = [
-            g.weight.new_zeros(2 * g.num_features + 1, dtype=torch.float64) if g.pending is None else g.pending
+            torch.zeros(2 * g.num_features + 1, dtype=torch.float64, device=g.weight.device)  # a weight may be sharded
+            if g.pending is None
+            else g.pending
             for g in self.ghosts
         ]
         found = global_sum(torch.cat(parts), self.placement.layout.summed)

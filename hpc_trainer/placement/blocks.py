@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -37,4 +38,10 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return recomputed(), recomputation()
+    return recomputed(), _again()
+
+
+@contextlib.contextmanager
+def _again() -> Iterator[None]:
+    with recomputed(), recomputation():
+        yield

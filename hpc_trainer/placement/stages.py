@@ -8,6 +8,7 @@ shape; what is missing in a tail batch is filled with samples that the loss does
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable
@@ -114,6 +115,7 @@ class Staged(Placement):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of its tracer's future
             try:
+                model.forward = functools.partial(_entered, model.forward)  # type: ignore[method-assign]
                 pipe = pipeline(model, example, split_spec=dict.fromkeys(points, SplitPoint.BEGINNING))
             except Exception as error:
                 raise ConfigError(
@@ -121,6 +123,7 @@ class Staged(Placement):
                     remedy="train it without a pipeline dimension in pretrain.mesh",
                 ) from error
             finally:
+                model.__dict__.pop("forward", None)
                 for name in points:  # torch leaves its marks on the layers
                     for mark in ("forward", "_orig_forward"):
                         model.get_submodule(name).__dict__.pop(mark, None)
@@ -204,6 +207,11 @@ class Staged(Placement):
         merged = {name: value for part in parts for name, value in part.items()}
         order = {name: n for n, name in enumerate(self.names)}
         return dict(sorted(merged.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _entered(forward: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Every input enters in the first stage, in order; torch takes stage 0 to use just the model's inputs, and no other stage any."""
+    return forward(*(x.clone() for x in inputs))
 
 
 class _Through(torch.autograd.Function):

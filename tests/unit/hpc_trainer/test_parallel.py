@@ -58,6 +58,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             *("optimizer.clip_norm=0.5", "pretrain.schedule_of_stages=gpipe"),
         ),
     ),
+    "pipeline, inputs of the last stage": (
+        "topology_optimisation",
+        ("pretrain.mesh=pipeline=2", "model.norm=group", "data.iterations=1"),
+    ),
     "hsdp": (TOY, ("pretrain.parallel=hsdp", *WIDE)),
     "pipeline of four": (VOLUME, ("pretrain.mesh=pipeline=4", "model.norm=group")),
     "pipeline of four, designs": (
