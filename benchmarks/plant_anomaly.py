@@ -27,10 +27,10 @@ from applications.plant_anomaly.config import Config
 from applications.plant_anomaly.data import Photographs
 from applications.plant_anomaly.floor import colour_neighbours
 from benchmarks.quality import call, interval
-from fl_core.contracts import checkpoint as checkpoints
 from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
 from fl_core.learning.partition import client_data
+from fl_core.learning.trained import Trained, load
 from fl_core.runtime import scores
 from fl_core.storage import atomic
 
@@ -80,7 +80,7 @@ def measured(folder: str, site: str, seed: int, *, quick: bool) -> Rows:
     call("pretrain", "plant_anomaly", "--preset", "leaves", "--out", str(work / "encoder"), *common, *settings)
     head = ["--from", str(work / "encoder"), "--rounds", "1", "--set", "algorithm.name=statistics_head"]
     call("simulate", "plant_anomaly", *head, "--out", str(work / "model"), *common, *settings)
-    rows = judged(checkpoints.load(work / "model"), config, fit, rest, site, seed)
+    rows = judged(load(APPLICATION, work / "model"), config, fit, rest, site, seed)
     atomic.write_json(done, rows)
     return rows
 
@@ -102,12 +102,12 @@ def parted(raw: Photographs, site: str, seed: int) -> tuple[Photographs, Photogr
     return Photographs(fit), Photographs(tuple(p for p in raw.items if p.file not in files))
 
 
-def judged(loaded: Any, config: Config, fit: Photographs, rest: Photographs, site: str, seed: int) -> Rows:
+def judged(model: Trained, config: Config, fit: Photographs, rest: Photographs, site: str, seed: int) -> Rows:
     learned, others = fit.examples(config), rest.examples(config)
     parts = client_data(learned, site, config.data.validation_fraction, seed)
-    outputs = detect.predicted(config, loaded, others)
+    outputs = model.predict(others)
     distance = pipeline.distance(outputs["latent"])
-    kept = pipeline.distance(detect.predicted(config, loaded, parts.validation)["latent"])
+    kept = pipeline.distance(model.predict(parts.validation)["latent"])
     floor = next(iter(colour_neighbours(config, parts.train, others, seed=seed).values()))
     threshold = detect.conformal_threshold(kept, max(FALSE_ALARMS, 1 / len(kept)))
     sick = others.columns["sick"].astype(bool)

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from applications.plant_anomaly.config import Config
+from fl_core.imagery.colour import LUMA, excess_green, otsu, recoloured, smooth
 from fl_core.learning.augmentation import Augmentation
 from fl_core.learning.seeding import uniform
 
 Keys = npt.NDArray[np.uint64]
 Array = npt.NDArray[Any]
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 COLOURS = np.array(  # dark brown, brown, tan, straw, orange, yellow, grey, black, pale
     [
         *([60, 40, 25], [105, 70, 40], [165, 130, 85], [205, 185, 130], [165, 85, 30]),
@@ -49,47 +49,12 @@ def moved(pictures: Array, seeds: Keys, chance: float) -> Array:
     return made
 
 
-def recoloured(image: Array, seeds: Keys, strength: float) -> Array:
-    """Saturation, gain of each channel, contrast about the mean grey, brightness."""
-    u = [strength * (2 * uniform(seeds, 10 + k) - 1) for k in range(6)]
-    saturation, contrast, brightness = 1 + u[0], 1 + u[1], 1 + 1.5 * u[2]
-    gain = 1 + 0.5 * np.stack(u[3:6], axis=1)
-    matrix = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * LUMA[:, None]
-    matrix = matrix * (gain * (contrast * brightness)[:, None])[:, None, :]
-    offset = (image.mean(axis=(1, 2)) @ LUMA * (1 - contrast) * brightness)[:, None, None]
-    value = np.matmul(image.reshape(len(image), -1, 3).astype(np.float32), matrix.astype(np.float32))
-    made: Array = np.clip(value + offset.astype(np.float32), 0, 255).astype(np.uint8).reshape(image.shape)
-    return made
-
-
 def clean(image: Array, seeds: Keys, config: Config) -> tuple[Array, Array]:
     """(image, tissue): moved and recoloured, and where it is green, which is told before the colours change."""
     turned = moved(image, seeds, config.data.rotate)
-    colour = turned.astype(np.float32)
-    excess = (2 * colour[..., 1] - colour[..., 0] - colour[..., 2]) / (colour.sum(-1) + 3)
+    excess = excess_green(turned)
     limit = np.array([max(GREEN, otsu(one)) for one in excess])
     return recoloured(turned, seeds, config.data.colour), excess > limit[:, None, None]
-
-
-def otsu(values: Array, bins: int = 48) -> float:
-    """The threshold that parts ``values`` into two classes of least variance (Otsu 1979)."""
-    count, edges = np.histogram(values, bins)
-    middle = (edges[1:] + edges[:-1]) / 2
-    below, mass = np.cumsum(count)[:-1], np.cumsum(count * middle)[:-1]
-    above, rest = count.sum() - below, (count * middle).sum() - mass
-    between = below * above * (mass / np.maximum(below, 1) - rest / np.maximum(above, 1)) ** 2
-    return float(edges[1 + int(between.argmax())])
-
-
-def smooth(rng: np.random.Generator, side: int, cells: int) -> Array:
-    """(side, side) in [0, 1): random values on a grid, blended into one another."""
-    values = rng.random((cells + 1, cells + 1), np.float32)
-    place = np.linspace(0, cells, side, dtype=np.float32)
-    low = np.minimum(place.astype(np.int64), cells - 1)
-    part = place - low
-    rows = values[low] * (1 - part)[:, None] + values[low + 1] * part[:, None]
-    made: Array = rows[:, low] * (1 - part) + rows[:, low + 1] * part
-    return made
 
 
 def painted(image: Array, tissue: Array, key: int) -> tuple[Array, Array]:

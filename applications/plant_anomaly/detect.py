@@ -21,14 +21,13 @@ import numpy.typing as npt
 
 from applications.plant_anomaly import APPLICATION, data, pipeline
 from applications.plant_anomaly.config import Config
-from fl_core.contracts import bundle as bundles
-from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.cli import common_options, emit, output_folder
 from fl_core.contracts.errors import FieldfleetError, InputError
 from fl_core.learning.application import Outputs
 from fl_core.learning.examples import Examples
 from fl_core.learning.partition import client_data
 from fl_core.learning.sources import data_option, open_data
+from fl_core.learning.trained import load
 from fl_core.storage import atomic
 
 Array = npt.NDArray[Any]
@@ -65,13 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if not 0 < args.false_alarms < 1:
         raise InputError(f"--false-alarms {args.false_alarms:g} is no rate between 0 and 1")
-    is_bundle = bundles.is_bundle(args.model)
-    loaded: Any = bundles.open_bundle(args.model) if is_bundle else checkpoints.load(args.model)
-    if loaded.manifest.application != APPLICATION.name:
-        raise InputError(f"{args.model}: is a model of {loaded.manifest.application}, not of {APPLICATION.name}")
-    config: Config = APPLICATION.configure_from(
-        loaded.manifest.config, args.overrides, origin=f"{args.model}/manifest.json"
-    )
+    model = load(APPLICATION, args.model, args.overrides)
+    config: Config = model.config
     output_folder(args.out)
     found = open_data(APPLICATION, config, args.data, seed=args.seed)
     examples = found.raw.examples(config)
@@ -80,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
         healthy = healthy.take(~healthy.columns["sick"].astype(bool))
         origin = str(args.healthy)
     else:
-        healthy, rest = kept_apart(config, examples, set(loaded.manifest.clients_seen), args.seed)
+        healthy, rest = kept_apart(config, examples, set(model.seen), args.seed)
         origin = "validation groups of the clients that the model was trained on"
-    threshold = conformal_threshold(pipeline.distance(predicted(config, loaded, healthy)["latent"]), args.false_alarms)
-    outputs = predicted(config, loaded, rest)
+    threshold = conformal_threshold(pipeline.distance(model.predict(healthy)["latent"]), args.false_alarms)
+    outputs = model.predict(rest)
     rates = rates_above(pipeline.distance(outputs["latent"]), rest, threshold)
     document = {
         "model": str(args.model),
@@ -102,18 +96,6 @@ def run(args: argparse.Namespace) -> int:
         args, document, "\n".join([f"{args.out}: threshold {threshold:.4f} from {document['threshold_from']}", *lines])
     )
     return 0
-
-
-def predicted(config: Config, loaded: Any, examples: Examples) -> Outputs:
-    if isinstance(loaded, checkpoints.Checkpoint):
-        from fl_core.learning.torch_arrays import predict, set_arrays
-
-        model = APPLICATION.build_model(config)
-        set_arrays(model, loaded.arrays, origin="the checkpoint")
-        return predict(model, APPLICATION, config, examples)
-    from fl_core.runtime.session import predict as predict_bundle
-
-    return predict_bundle(APPLICATION, config, loaded, examples, target=next(iter(loaded.manifest.targets)))
 
 
 def kept_apart(config: Config, examples: Examples, seen: set[str], seed: int) -> tuple[Examples, Examples]:

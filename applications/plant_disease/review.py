@@ -18,13 +18,11 @@ import numpy.typing as npt
 
 from applications.plant_disease import APPLICATION
 from applications.plant_disease.config import Config
-from fl_core.contracts import bundle as bundles
-from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.cli import common_options, emit, output_folder
 from fl_core.contracts.errors import FieldfleetError, InputError
-from fl_core.learning.application import Outputs
 from fl_core.learning.examples import Examples
 from fl_core.learning.sources import data_option, open_data
+from fl_core.learning.trained import load
 from fl_core.storage import atomic
 
 Array = npt.NDArray[Any]
@@ -47,21 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    is_bundle = bundles.is_bundle(args.model)
-    loaded: Any = bundles.open_bundle(args.model) if is_bundle else checkpoints.load(args.model)
-    if loaded.manifest.application != APPLICATION.name:
-        raise InputError(f"{args.model}: is a model of {loaded.manifest.application}, not of {APPLICATION.name}")
-    config: Config = APPLICATION.configure_from(
-        loaded.manifest.config, args.overrides, origin=f"{args.model}/manifest.json"
-    )
+    model = load(APPLICATION, args.model, args.overrides)
+    config: Config = model.config
     output_folder(args.out)
     found = open_data(APPLICATION, config, args.data, seed=args.seed)
     examples = found.raw.examples(config)
     if args.unseen:
-        examples = examples.take(~np.isin(examples.columns["client"], list(loaded.manifest.clients_seen)))
+        examples = examples.take(~np.isin(examples.columns["client"], list(model.seen)))
     if not len(examples):
         raise InputError("there is no image of a client that the model was not trained on", remedy="leave --unseen out")
-    outputs = predicted(config, loaded, examples)
+    outputs = model.predict(examples)
     classes = config.data.classes
     score = np.stack([APPLICATION.postprocess(config, outputs)[f"score_{c}"] for c in classes], axis=1)
     table = confusion(examples.targets, score.argmax(axis=1), len(classes))
@@ -80,18 +73,6 @@ def run(args: argparse.Namespace) -> int:
     scores = ", ".join(f"{k} {v:.4f}" for k, v in document["metrics"].items())
     emit(args, document, f"{args.out}: {len(examples)} images of {found.origin}: {scores}")
     return 0
-
-
-def predicted(config: Config, loaded: Any, examples: Examples) -> Outputs:
-    if isinstance(loaded, checkpoints.Checkpoint):
-        from fl_core.learning.torch_arrays import predict, set_arrays
-
-        model = APPLICATION.build_model(config)
-        set_arrays(model, loaded.arrays, origin="the checkpoint")
-        return predict(model, APPLICATION, config, examples)
-    from fl_core.runtime.session import predict as predict_bundle
-
-    return predict_bundle(APPLICATION, config, loaded, examples, target=next(iter(loaded.manifest.targets)))
 
 
 def confusion(truth: Array, prediction: Array, classes: int) -> npt.NDArray[np.int64]:

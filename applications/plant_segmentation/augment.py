@@ -8,12 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from applications.plant_segmentation.config import Config
+from fl_core.imagery.colour import recoloured
 from fl_core.learning.augmentation import Augmentation
 from fl_core.learning.seeding import uniform
 
 Keys = npt.NDArray[np.uint64]
 Array = npt.NDArray[Any]
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def moved(pictures: Array, seeds: Keys, config: Config) -> Array:
@@ -32,19 +32,6 @@ def moved(pictures: Array, seeds: Keys, config: Config) -> Array:
             one = np.concatenate([one, one[::-1]], 0)[steps[i, 0] : steps[i, 0] + side]
             one = np.concatenate([one, one[:, ::-1]], 1)[:, steps[i, 1] : steps[i, 1] + side]
         made[i] = one
-    return made
-
-
-def recoloured(image: Array, seeds: Keys, strength: float) -> Array:
-    """Saturation, gain of each channel, contrast about the mean grey, brightness."""
-    u = [strength * (2 * uniform(seeds, 10 + k) - 1) for k in range(6)]
-    saturation, contrast, brightness = 1 + u[0], 1 + u[1], 1 + u[2]
-    gain = 1 + 0.5 * np.stack(u[3:6], axis=1)
-    matrix = saturation[:, None, None] * np.eye(3) + (1 - saturation)[:, None, None] * LUMA[:, None]
-    matrix = matrix * (gain * (contrast * brightness)[:, None])[:, None, :]
-    offset = (image.mean(axis=(1, 2)) @ LUMA * (1 - contrast) * brightness)[:, None, None]
-    value = np.matmul(image.reshape(len(image), -1, 3).astype(np.float32), matrix.astype(np.float32))
-    made: Array = np.clip(value + offset.astype(np.float32), 0, 255).astype(np.uint8).reshape(image.shape)
     return made
 
 

@@ -1,6 +1,6 @@
 """Classical floors to read a model's scores by: watershed on excess green; and for one class of tissue, boosted trees on pixel colours.
 
-Excess green after Woebbecke et al. (Transactions of the ASAE 38, 1995), its threshold after Otsu (1979); markers are the peaks of the
+The threshold of the excess green is Otsu's; markers are the peaks of the
 distance to the background, flooded in its order (Meyer 1994). The distance between peaks and whether to smooth are
 chosen on training tiles.
 """
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from applications.plant_segmentation import grouping, metrics
 from applications.plant_segmentation.config import Config
+from fl_core.imagery.colour import excess_green, otsu
 from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
 
@@ -41,26 +42,6 @@ def floor(config: Config, train: Examples, test: Examples, *, seed: int) -> dict
     best = max(itertools.product(SPACINGS, SMOOTHING), key=lambda choice: quality(*choice))
     maps = [grouping.as_maps(watershed(image, *best)) for image in test.inputs["image"]]
     return {"watershed on excess green": {"maps": np.stack(maps)}}
-
-
-def excess_green(image: Array) -> Array:
-    """2g - r - b of the chromatic coordinates, in [-1, 2]."""
-    colour = image.astype(np.float32) + 1
-    part = colour / colour.sum(-1, keepdims=True)
-    made: Array = 2 * part[..., 1] - part[..., 0] - part[..., 2]
-    return made
-
-
-def otsu(values: Array, bins: int = 64) -> float:
-    """The threshold that parts ``values`` into two classes of least variance."""
-    count, edges = np.histogram(values, bins)
-    middle = (edges[1:] + edges[:-1]) / 2
-    below = np.cumsum(count)
-    mass, total = np.cumsum(count * middle), float((count * middle).sum())
-    above = below[-1] - below
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = below * above * (mass / below - (total - mass) / above) ** 2
-    return float(edges[1 + int(np.nanargmax(np.where(np.isfinite(between), between, -1)))])
 
 
 def distance_to_ground(inside: Array) -> Array:

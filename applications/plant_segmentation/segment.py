@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,14 +22,14 @@ from applications.plant_segmentation.config import Config
 from applications.plant_segmentation.data import Pictures
 from applications.plant_segmentation.formats import Picture
 from applications.plant_segmentation.grouping import Instances
-from fl_core.contracts import bundle as bundles
-from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.cli import common_options, emit, output_folder
 from fl_core.contracts.config import to_table
 from fl_core.contracts.errors import FieldfleetError, InputError
 from fl_core.contracts.progress import Progress
 from fl_core.imagery import photographs
+from fl_core.learning.examples import Examples
 from fl_core.learning.sources import data_option, open_data
+from fl_core.learning.trained import Trained, load
 from fl_core.storage import atomic
 
 Array = npt.NDArray[Any]
@@ -38,49 +37,11 @@ SHOWN = 6  # photographs in the report
 SPACING = 5  # of the watershed, in pixels
 
 
-@dataclass(frozen=True)
-class Segmenter:
-    """A model that finds plants; ``seen``: the clients it was trained on."""
-
-    config: Config
-    predict: tiles.Predict
-    seen: tuple[str, ...]
-
-    def instances(self, image: Array, overlap: int) -> Instances:
-        maps = tiles.joined(self.predict, image, side=self.config.data.image_size, overlap=overlap)
-        return grouping.instances(maps, self.config.model)
-
-
-def load(folder: Path, overrides: Sequence[str] = ()) -> Segmenter:
-    """Raises InputError for a model of another application."""
-    is_bundle = bundles.is_bundle(folder)
-    found: Any = bundles.open_bundle(folder) if is_bundle else checkpoints.load(folder)
-    if found.manifest.application != APPLICATION.name:
-        raise InputError(f"{folder}: is a model of {found.manifest.application}, not of {APPLICATION.name}")
-    config: Config = APPLICATION.configure_from(found.manifest.config, overrides, origin=f"{folder}/manifest.json")
-    make = onnx_predictor if is_bundle else torch_predictor
-    return Segmenter(config, make(config, found), tuple(found.manifest.clients_seen))
-
-
-def onnx_predictor(config: Config, bundle: Any) -> tiles.Predict:
-    from fl_core.runtime.session import open_session
-
-    session = open_session(bundle)
-    return lambda batch: np.asarray(session.run({"image": batch})["maps"])
-
-
-def torch_predictor(config: Config, found: Any) -> tiles.Predict:
-    import torch
-
-    from fl_core.learning.torch_arrays import set_arrays
-
-    model = APPLICATION.build_model(config)
-    set_arrays(model, found.arrays, origin="the checkpoint")
-    model.eval()
+def tile_maps(model: Trained) -> tiles.Predict:
+    """(N, side, side, 3) -> (N, 4, side, side)"""
 
     def predict(batch: Array) -> Array:
-        with torch.inference_mode():
-            return cast(Array, model(torch.from_numpy(batch)).numpy())
+        return np.asarray(model.predict(Examples({"image": batch}, np.zeros(len(batch))))["maps"])
 
     return predict
 
@@ -108,9 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    model = load(args.model, args.overrides)
-    model = replace(model, predict=tiles.mirrored(model.predict)) if args.mirror else model
-    config = model.config
+    model = load(APPLICATION, args.model, args.overrides)
+    config: Config = model.config
+    predict = tiles.mirrored(tile_maps(model)) if args.mirror else tile_maps(model)
     output_folder(args.out)
     found = open_data(APPLICATION, config, args.data, seed=args.seed)
     pictures = chosen(cast(Pictures, found.raw), model, unseen=args.unseen, limit=args.limit)
@@ -122,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     with atomic.new_folder(args.out) as folder, Progress("segment", len(pictures)) as bar:
         for number, picture in enumerate(pictures, start=1):
             image, truth = data.loaded(picture, config.data.long_side)
-            made = model.instances(image, overlap)
+            maps = tiles.joined(predict, image, side=config.data.image_size, overlap=overlap)
+            made = grouping.instances(maps, config.model)
             target = folder / f"{picture.name}.labels.png"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(photographs.encode_png(made.labels.astype(np.uint16)))
@@ -164,7 +126,7 @@ class Tally:
         return {**metrics.scored(self._pictures), **metrics.foreground(self._counts)}
 
 
-def chosen(raw: Pictures, model: Segmenter, *, unseen: bool, limit: int) -> list[Picture]:
+def chosen(raw: Pictures, model: Trained, *, unseen: bool, limit: int) -> list[Picture]:
     seen = set(model.seen) if unseen else set()
     pictures = [p for p in raw.pictures if p.client not in seen]
     if not pictures:

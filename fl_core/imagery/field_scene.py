@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fl_core.imagery.colour import smooth
+
 Floats = npt.NDArray[Any]
 Rng = np.random.Generator
 CROPS = ("maize", "rosette")
@@ -356,17 +358,6 @@ def _colours(
     material, plant, shade = (codes >> 8) & 255, codes >> 16, (codes & 255) / np.float32(128)
     colour = base[material] * np.where((material >= BLIGHT)[..., None], 1, tints[np.minimum(plant, weed)])
     return colour * shade[..., None], material >= BLIGHT
-
-
-def smooth(rng: Rng, side: int, cells: int) -> Floats:
-    """(side, side): random values in [0, 1) on ``cells`` x ``cells``, blended into one another."""
-    values = rng.random((cells + 1, cells + 1), np.float32)
-    place = np.linspace(0, cells, side, dtype=np.float32)
-    low = np.minimum(place.astype(np.int64), cells - 1)
-    part = place - low
-    rows = values[low] * (1 - part)[:, None] + values[low + 1] * part[:, None]
-    made: Floats = rows[:, low] * (1 - part) + rows[:, low + 1] * part
-    return made
 
 
 def _soil(rng: Rng, site: Field, side: int, shadow: Floats) -> Floats:
