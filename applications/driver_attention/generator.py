@@ -13,6 +13,7 @@ from applications.driver_attention.config import VIEWS, Config
 from applications.driver_attention.data import Clip, Drives, Motion, Recording
 from applications.driver_attention.driver import STEP_S
 from applications.driver_attention.media import Stream
+from fl_core.contracts.errors import ConfigError
 from fl_core.learning import seeding
 
 CANDIDATES = 2.5  # moments simulated for each clip that is kept
@@ -24,7 +25,16 @@ LEAST_VIEWS = 2
 
 
 def generate(config: Config, seed: int) -> Drives:
-    """data.clients vehicles with data.clips_per_client clips each; vehicle k is the same however many there are."""
+    """data.clients vehicles with data.clips_per_client clips each; vehicle k is the same however many there are.
+
+    Raises ConfigError for a rate that is no whole number of the simulation's steps.
+    """
+    stride = 1 / (config.data.rate_hz * STEP_S)
+    if abs(stride - round(stride)) > 1e-6 or stride < 1:
+        raise ConfigError(
+            f"data.rate_hz = {config.data.rate_hz}: generated drives move in steps of {STEP_S} s",
+            remedy="10, 5, 2.5 or 2 frames a second",
+        )
     recordings, clips = {}, []
     for k in range(config.data.clients):
         recording, own = vehicle(config, seed, k)
@@ -37,7 +47,7 @@ def vehicle(config: Config, seed: int, k: int) -> tuple[Recording, list[Clip]]:
     d = config.data
     rng = seeding.generator(seed, "driver_attention vehicle", k)
     car = cameras.Vehicle.draw(rng)
-    stride = max(1, round(1 / (d.rate_hz * STEP_S)))
+    stride = round(1 / (d.rate_hz * STEP_S))
     length = (d.frames - 1) * stride
     scene, eyes, ends, conflict = moments(rng, d.clips_per_client, length)
     rows = np.arange(len(ends))

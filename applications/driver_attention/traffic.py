@@ -8,6 +8,7 @@ conflict is what then is measured: too little time to a collision (Hayward 1972)
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -126,6 +127,56 @@ def idm(speed: Array, desired: Array, gap: Array, closing: Array, headway: Array
     return result
 
 
+@dataclass
+class World:
+    """(n,) each, at one instant; as in ``Scene``."""
+
+    speed: Array
+    acceleration: Array
+    y: Array
+    side_speed: Array
+    travelled: Array
+    lead_gap: Array
+    lead_speed: Array
+    beside_x: Array
+    beside_y: Array
+    beside_speed: Array
+
+    @classmethod
+    def at_first(cls, script: Script, rng: np.random.Generator) -> Self:
+        n, speed = len(script.at), script.speed
+        ahead = script.beside_x - script.beside_speed * script.at * STEP_S
+        return cls(
+            speed=speed.copy(), acceleration=np.zeros(n), y=script.place + rng.normal(0, 0.08, n), side_speed=np.zeros(n),
+            travelled=np.zeros(n), lead_gap=np.where(script.lead, LENGTH + 2.0 + script.headway * speed, FAR),
+            lead_speed=speed.copy(), beside_x=np.where(script.beside, ahead, FAR), beside_y=LANE + rng.normal(0, 0.1, n),
+            beside_speed=speed + script.beside_speed,
+        )  # fmt: skip
+
+    def ahead(self) -> tuple[Array, Array]:
+        """(gap, closing speed) to whoever drives in front of us; FAR and 0 where nobody does."""
+        joined = (np.abs(self.beside_y - self.y) < WIDTH) & (self.beside_x > 0) & (self.beside_x < FAR / 2)
+        behind = (self.lead_gap < FAR / 2) & (np.abs(self.y) < WIDTH)
+        gap = np.minimum(np.where(behind, self.lead_gap - LENGTH, FAR), np.where(joined, self.beside_x - LENGTH, FAR))
+        who = np.where(joined & (self.beside_x < self.lead_gap), self.beside_speed, self.lead_speed)
+        return gap, np.where(gap < FAR / 2, self.speed - who, 0.0)
+
+    def move(
+        self, acceleration: Array, side_speed: Array, lead_speed: Array, beside_speed: Array, moves: Array
+    ) -> None:
+        """One step on; ``moves``: the speed of the vehicle beside to the left."""
+        self.acceleration, self.side_speed = acceleration, side_speed
+        self.lead_speed, self.beside_speed = lead_speed, beside_speed
+        self.beside_y = np.maximum(0.0, self.beside_y + moves * STEP_S)
+        self.speed, before = np.maximum(0.0, self.speed + acceleration * STEP_S), self.speed
+        self.y = self.y + side_speed * STEP_S
+        self.travelled = self.travelled + (self.speed + before) / 2 * STEP_S
+        nearer = np.maximum(LENGTH + 0.2, self.lead_gap + (lead_speed - self.speed) * STEP_S)
+        self.lead_gap = np.where(self.lead_gap < FAR / 2, nearer, FAR)
+        drifting = self.beside_x + (beside_speed - self.speed) * STEP_S
+        self.beside_x = np.where(self.beside_x < FAR / 2, drifting, FAR)
+
+
 def simulate(script: Script, eyes: Eyes, kind: npt.NDArray[np.int64], steps: int, rng: np.random.Generator) -> Scene:
     """``kind``: of the driver's state, which lengthens reactions; ``rng``: of how steadily he steers."""
     n = len(script.at)
@@ -134,73 +185,73 @@ def simulate(script: Script, eyes: Eyes, kind: npt.NDArray[np.int64], steps: int
     sees = eyes.on_road
     reaction = script.reaction + np.where(kind == DROWSY, 4, 0)
     cut, change = is_event(script, "cut-in"), is_event(script, "lane change")
+    slowing = is_event(script, "lead brakes")
     checked = eyes.mirror_seen(script.at, MIRROR_STEPS)
     goes = change & ~(checked & script.beside)  # who sees a vehicle beside stays
-    speed = script.speed.copy()
-    acceleration, y, side, travelled = np.zeros(n), script.place + rng.normal(0, 0.08, n), np.zeros(n), np.zeros(n)
-    lead_speed = speed.copy()
-    lead = np.where(script.lead, LENGTH + 2.0 + script.headway * speed, FAR)
-    beside_speed = speed + script.beside_speed
-    beside_x = np.where(script.beside, script.beside_x - script.beside_speed * script.at * STEP_S, FAR)
-    beside_y = LANE + rng.normal(0, 0.1, n)
+    now = World.at_first(script, rng)
     wander = np.cumsum(rng.normal(0, 0.05, (n, steps)), axis=1)
     wander -= wander.mean(axis=1, keepdims=True)
     gaps, closings = np.full((n, steps), FAR), np.zeros((n, steps))
     for t in range(steps):
         after = t >= script.at
-        braking = is_event(script, "lead brakes") & after & (t < script.at + 35)
-        in_lane = (np.abs(beside_y - y) < WIDTH) & (beside_x > 0) & (beside_x < FAR / 2)
-        behind = (lead < FAR / 2) & (np.abs(y) < WIDTH)
-        gap = np.minimum(np.where(behind, lead - LENGTH, FAR), np.where(in_lane, beside_x - LENGTH, FAR))
-        who = np.where(in_lane & (beside_x < lead), beside_speed, lead_speed)
-        gaps[:, t], closings[:, t] = gap, np.where(gap < FAR / 2, speed - who, 0.0)
-        signal = np.where(script.signals & change & (t >= script.at - 10), 1.0, 0.0)
-        meant = np.where(goes, np.clip((t - script.at) * STEP_S / 4.0, 0, 1) * LANE, 0.0)
-        for name, value in (
-            ("speed", speed), ("acceleration", acceleration), ("y", y), ("side_speed", side), ("travelled", travelled),
-            ("lead_gap", lead), ("lead_brakes", braking & (lead_speed > 0)), ("beside_x", beside_x), ("beside_y", beside_y), ("signal", signal),
-            ("curvature", script.curvature), ("heading", side / np.maximum(speed, 3.0)),
-        ):  # fmt: skip
-            made[name][:, t] = value
-        moves = np.where(cut & after & (beside_y > 0), -script.cut_speed, 0.0)
-        made["severity"][:, t] = severity(gap, closings[:, t], y, side - moves, beside_x, beside_y, goes & after)
-        # the driver: what he saw a reaction time ago, and nothing while he looks away
-        ago = np.maximum(t - reaction, 0)
-        seen_gap, seen_closing = gaps[rows, ago], closings[rows, ago]
-        command = idm(speed, script.speed * 1.05, seen_gap, seen_closing, script.headway)
-        urgent = (seen_closing > SLOWEST) & (seen_gap < 4.0 * seen_closing)
-        needed = seen_closing**2 / (2 * np.maximum(seen_gap - 2.0, 0.5))
-        command = np.where(urgent, np.minimum(command, -1.3 * needed), np.maximum(command, -3.5))
-        command = np.where(sees[:, t] & sees[rows, ago], command, np.clip(acceleration, -0.5, 0.2))
-        own = (t >= script.slows_at) & (t < script.slows_at + 15) & sees[:, t]
-        command = np.where(own, np.minimum(command, -script.slows), command)
-        command = np.clip(command, -STRONGEST, 1.6)
-        acceleration = acceleration + np.clip(command - acceleration, -JERK * STEP_S, JERK * STEP_S)
-        steered = np.clip(0.9 * (meant + script.place - y), -1.3, 1.3) + 0.25 * wander[:, t]
-        pushed = script.push * (after & (t < script.at + 40))
-        wanted = np.where(sees[rows, ago] | (goes & after), steered + 0.25 * pushed, 0.25 * wander[:, t] + pushed)
-        side = side + np.clip(wanted - side, -AGILITY * STEP_S, AGILITY * STEP_S)
-        # the others
-        lead_speed = np.maximum(
-            script.lead_slows_to * script.speed * braking, lead_speed - braking * script.lead_braking * STEP_S
+        braking = slowing & after & (t < script.at + 35)
+        moves = np.where(cut & after & (now.beside_y > 0), -script.cut_speed, 0.0)
+        gaps[:, t], closings[:, t] = now.ahead()
+        _note(made, t, now, script, braking, change)
+        made["severity"][:, t] = severity(
+            gaps[:, t], closings[:, t], now.y, now.side_speed - moves, now.beside_x, now.beside_y, goes & after
         )
-        away = cut & after
-        beside_speed = np.where(
-            away & (beside_y < LANE - 1.0), np.maximum(0.0, beside_speed + np.clip(speed + script.cuts_to - beside_speed, -0.6, 0.3)), beside_speed
-        )  # fmt: skip
-        beside_y = np.maximum(0.0, beside_y + moves * STEP_S)
-        speed, before = np.maximum(0.0, speed + acceleration * STEP_S), speed
-        y = y + side * STEP_S
-        travelled = travelled + (speed + before) / 2 * STEP_S
-        lead = np.where(lead < FAR / 2, np.maximum(LENGTH + 0.2, lead + (lead_speed - speed) * STEP_S), FAR)
-        beside_x = np.where(beside_x < FAR / 2, beside_x + (beside_speed - speed) * STEP_S, FAR)
+        ago = np.maximum(t - reaction, 0)  # the driver acts on what he saw a reaction time ago
+        saw = sees[rows, ago]
+        own = (t >= script.slows_at) & (t < script.slows_at + 15) & sees[:, t]
+        command = _pedals(script, now, gaps[rows, ago], closings[rows, ago], sees[:, t] & saw, own)
+        acceleration = now.acceleration + np.clip(command - now.acceleration, -JERK * STEP_S, JERK * STEP_S)
+        meant = np.where(goes, np.clip((t - script.at) * STEP_S / 4.0, 0, 1) * LANE, 0.0)
+        steered = np.clip(0.9 * (meant + script.place - now.y), -1.3, 1.3) + 0.25 * wander[:, t]
+        pushed = script.push * (after & (t < script.at + 40))
+        wanted = np.where(saw | (goes & after), steered + 0.25 * pushed, 0.25 * wander[:, t] + pushed)
+        side = now.side_speed + np.clip(wanted - now.side_speed, -AGILITY * STEP_S, AGILITY * STEP_S)
+        now.move(acceleration, side, *_others(script, now, braking, cut & after), moves)
     return Scene(**{**made, "lead_brakes": made["lead_brakes"] > 0})  # type: ignore[arg-type]
+
+
+def _note(made: dict[str, Array], t: int, now: World, script: Script, braking: Mask, change: Mask) -> None:
+    """The instant into step ``t`` of the scene's arrays."""
+    for name in ("speed", "acceleration", "y", "side_speed", "travelled", "lead_gap", "beside_x", "beside_y"):
+        made[name][:, t] = getattr(now, name)
+    made["lead_brakes"][:, t] = braking & (now.lead_speed > 0)
+    made["signal"][:, t] = np.where(script.signals & change & (t >= script.at - 10), 1.0, 0.0)
+    made["curvature"][:, t] = script.curvature
+    made["heading"][:, t] = now.side_speed / np.maximum(now.speed, 3.0)
+
+
+def _pedals(script: Script, now: World, gap: Array, closing: Array, looks: Mask, own: Mask) -> Array:
+    """The acceleration that the driver wants; gap, closing: as he saw them; own: who brakes for a reason of his own."""
+    command = idm(now.speed, script.speed * 1.05, gap, closing, script.headway)
+    urgent = (closing > SLOWEST) & (gap < 4.0 * closing)
+    needed = closing**2 / (2 * np.maximum(gap - 2.0, 0.5))
+    command = np.where(urgent, np.minimum(command, -1.3 * needed), np.maximum(command, -3.5))
+    command = np.where(looks, command, np.clip(now.acceleration, -0.5, 0.2))
+    command = np.where(own, np.minimum(command, -script.slows), command)
+    return np.clip(command, -STRONGEST, 1.6)
+
+
+def _others(script: Script, now: World, braking: Mask, cutting: Mask) -> tuple[Array, Array]:
+    """(speed of the vehicle ahead, of the one beside) a step later."""
+    slowest = script.lead_slows_to * script.speed * braking
+    lead = np.maximum(slowest, now.lead_speed - braking * script.lead_braking * STEP_S)
+    change = np.clip(now.speed + script.cuts_to - now.beside_speed, -0.6, 0.3)
+    adapting = cutting & (now.beside_y < LANE - 1.0)
+    return lead, np.where(adapting, np.maximum(0.0, now.beside_speed + change), now.beside_speed)
 
 
 def severity(
     gap: Array, closing: Array, y: Array, approach: Array, beside_x: Array, beside_y: Array, meant: Mask
 ) -> Array:
-    """approach: m/s of ours to the left towards the vehicle beside; meant: who changes lanes. (n,): at least 1 in a conflict, 0 in ordinary traffic, in between where people would not agree."""
+    """(n,): at least 1 in a conflict, 0 in ordinary traffic, in between where people would not agree.
+
+    approach: m/s of ours to the left, towards the vehicle beside; meant: who changes lanes.
+    """
     ahead = np.where(closing > SLOWEST, gap / np.maximum(closing, SLOWEST), np.inf)
     found = between(ahead, SAFE_TTC, CLOSE_TTC)
     overlap = (np.abs(beside_x) < LENGTH + 0.5) & (beside_x < FAR / 2)

@@ -315,6 +315,8 @@ def test_a_view_taken_as_absent_is_left_out_of_the_examples(drives: Drives, exam
     np.testing.assert_array_equal(found.inputs["frames"][:, 0], examples.inputs["frames"][:, 0])
     assert np.isnan(found.inputs["kinematics"]).all()
     assert "not a view" in str(refusal(ConfigError, lambda: APPLICATION.configure(['data.missing_views=["roof"]'])))
+    odd = APPLICATION.configure(["data.rate_hz=4.0", "data.clients=1"])
+    assert "in steps of 0.1 s" in str(refusal(ConfigError, lambda: APPLICATION.generate(odd, 0)))
     assert "multiple of 8" in str(refusal(ConfigError, lambda: APPLICATION.configure(["data.width=44"])))
 
 
