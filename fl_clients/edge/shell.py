@@ -46,7 +46,7 @@ from fl_core.identity.keys import load_private_key
 from fl_core.link import topics
 from fl_core.link.backoff import Backoff
 from fl_core.link.envelope import Envelope
-from fl_core.runtime.machine import release_library_pages, resident_bytes, return_memory_early
+from fl_core.runtime.machine import release_library_pages, resident_bytes, return_memory_early, return_memory_now
 
 LOG = logging.getLogger(__name__)
 TICK_S = 5.0
@@ -59,7 +59,7 @@ TELEMETRY, SETTLE, CONDITION = "telemetry", "settle", "condition"
 CONDITION_S = 5.0  # between looks at the device's own condition
 ANNOUNCED = ("joined", "away", "refused", "worker_failed", "waiting", "paused", "resumed")
 REUSED_BYTES = 2 << 20  # while a model comes or goes; the fleet link gives it back
-FIRST_SETTLE_S, SETTLE_S = 8.0, 1_800.0  # give back what only the start, or a burst of work, needed of the libraries
+FIRST_SETTLE_S, SETTLE_S = 8.0, 600.0  # give back what only the start, or a burst of work, needed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +253,7 @@ class Agent:
                 elif duty == CONDITION:
                     self._guarded(self._tell_condition)
                 elif duty == SETTLE:
+                    return_memory_now()
                     release_library_pages()
                 elif duty != duties.UPDATE or self._should_look():
                     self.work.put(Task(duty))
