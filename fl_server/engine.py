@@ -26,7 +26,7 @@ from fl_core.contracts import arrays as array_format
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint, Encoded
-from fl_core.contracts.config import to_table
+from fl_core.contracts.config import at_default, describes, to_table
 from fl_core.contracts.counted import to_arrays as counted_arrays
 from fl_core.contracts.errors import EnvironmentFault, IntegrityError, RefusedError
 from fl_core.contracts.manifests import CheckpointManifest
@@ -229,7 +229,8 @@ class RoundEngine:
 
     def _plan(self, kind: str, number: int) -> Plan:
         said = json.dumps(
-            [self.table, self.seed, self.num_rounds, array_format.fingerprint(self.arrays)], sort_keys=True
+            [to_table(self.config, chosen=True), self.seed, self.num_rounds, array_format.fingerprint(self.arrays)],
+            sort_keys=True,
         )
         return Plan(
             group=f"{kind}-{number}",
@@ -263,6 +264,7 @@ class RoundEngine:
             seed=self.seed,
             arrays=self.arrays,
             extra=extra,
+            defaults=tuple(at_default(self.config)),
         )
 
     def _apply(self, tally: Tally) -> None:
@@ -367,8 +369,9 @@ class RoundEngine:
             return
         found = checkpoints.load(rounds[-1], with_state=True)
         parent = self.start.manifest.model_sha256 if self.start else ""
-        mine = dataclasses.replace(found.manifest, config=self.table, parent_sha256=parent, seed=self.seed)
-        if mine != found.manifest or found.manifest.application != self.application.name:
+        mine = dataclasses.replace(found.manifest, parent_sha256=parent, seed=self.seed)
+        same = mine == found.manifest and describes(found.manifest.config, self.config)
+        if not same or found.manifest.application != self.application.name:
             raise IntegrityError(
                 f"{self.out}: holds a run with another configuration, seed or starting model",
                 remedy="name a new --out folder, or repeat the command that began this run",

@@ -10,6 +10,7 @@ Checkpoints are written in the background, from copies; each is wholly there or 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from fl_core.contracts import arrays as array_format
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.checkpoint import Checkpoint
-from fl_core.contracts.config import to_table
+from fl_core.contracts.config import describes, to_table
 from fl_core.contracts.errors import ConfigError
 from fl_core.contracts.manifests import CheckpointManifest
 from fl_core.learning.application import Application
@@ -124,10 +125,7 @@ class RunFolder:
         if not folders:
             return None
         last = checkpoints.load(folders[-1], with_state=True)
-        if (self._identity(last.manifest.config), last.manifest.seed) != (
-            self._identity(to_table(self.config)),
-            self.seed,
-        ):
+        if last.manifest.seed != self.seed or not self._is_of(last.manifest.config):
             raise ConfigError(
                 f"{self.path}: holds a run with another configuration or seed",
                 remedy="name a new --out folder, or repeat the command that began this run",
@@ -138,9 +136,11 @@ class RunFolder:
         progress = Progress(epoch=int(epoch), step=int(step), numerator=numerator, denominator=denominator)
         return Found(progress=progress, arrays=last.arrays, state=state, origin=origin)
 
-    def _identity(self, table: dict[str, Any]) -> dict[str, Any]:
-        pretrain = {k: v for k, v in table.get("pretrain", {}).items() if k not in FREE}
-        return {**table, "pretrain": pretrain}
+    def _is_of(self, table: Mapping[str, Any]) -> bool:
+        """Whether a run of this configuration wrote it, whatever it said of what may change between two starts."""
+        pretrain, now = dict(table.get("pretrain", {})), to_table(self.config.pretrain)
+        free = {key: now[key] for key in FREE if key in now}
+        return describes({**table, "pretrain": {**pretrain, **free}}, self.config)
 
     def _all(self) -> list[Path]:
         return sorted(p for p in self.path.glob("epoch-*") if p.is_dir())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +57,11 @@ class Learners:
 
     built: dict[tuple[str, str], Learner] = field(default_factory=dict)
 
-    def get(self, name: str, table: Any) -> Learner:
+    def get(self, name: str, table: Any, defaults: Collection[str] = ()) -> Learner:
         key = (name, json.dumps(table, sort_keys=True))
         if key not in self.built:
             app = application(name)
-            config = app.configure_from(table, origin=f"the server's request for {name}")
+            config = app.configure_from(table, origin=f"the server's request for {name}", defaults=frozenset(defaults))
             self.built.clear()  # one model in memory: a new configuration replaces the old one
             algorithm = build_algorithm(config.algorithm)
             algorithm.client_update.check(config.optimizer)
@@ -136,7 +136,7 @@ class ClientRuntime:
     def _learner(self, request: Request) -> Learner:
         if self.allowed is not None and request.application not in self.allowed:
             raise RefusedError(f"application {request.application!r} is not enabled on this device")
-        return self.learners.get(request.application, request.config)
+        return self.learners.get(request.application, request.config, request.defaults)
 
     def _own_data(self, learner: Learner, seed: int) -> ClientData:
         version = self.version(learner.application, learner.config)

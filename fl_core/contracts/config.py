@@ -11,7 +11,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,13 +133,64 @@ def _deep_copy(table: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _deep_copy(v) if isinstance(v, Mapping) else v for k, v in table.items()}
 
 
-def to_table(config: Any) -> dict[str, Any]:
-    """The inverse of parse: nested plain values, JSON- and TOML-ready (no None)."""
+def at_default(config: Any, prefix: str = "") -> list[str]:
+    """Dotted keys whose value is the schema's default: what a reader with an older schema may leave out."""
+    found = []
+    for f in dataclasses.fields(config):
+        value, dotted = getattr(config, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            inner = at_default(value, f"{dotted}.")
+            found += [dotted, *inner] if value == _default(f) else inner
+        elif value == _default(f):
+            found.append(dotted)
+    return found
+
+
+def known(kind: type[Any], table: Mapping[str, Any], defaults: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """The table of a writer with a newer schema, less the keys that ``kind`` lacks and that say nothing (``at_default``)."""
+    hints = typing.get_type_hints(kind)
+    left: dict[str, Any] = {}
+    for key, value in table.items():
+        dotted = f"{prefix}{key}"
+        if key not in hints and dotted in defaults:
+            continue
+        inner = hints.get(key)
+        nested = dataclasses.is_dataclass(inner) and isinstance(value, Mapping)
+        left[key] = known(typing.cast("type[Any]", inner), value, defaults, f"{dotted}.") if nested else value
+    return left
+
+
+def describes(table: Mapping[str, Any], config: Any) -> bool:
+    """Whether a table that was written earlier means this configuration; keys that came since are at their defaults."""
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    if not table.keys() <= fields.keys():
+        return False
+    for name, f in fields.items():
+        value = getattr(config, name)
+        if name not in table:
+            if value is not None and value != _default(f):
+                return False
+        elif dataclasses.is_dataclass(value):
+            if not isinstance(table[name], Mapping) or not describes(table[name], value):
+                return False
+        elif table[name] != (list(value) if isinstance(value, tuple) else value):
+            return False
+    return True
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def to_table(config: Any, *, chosen: bool = False) -> dict[str, Any]:
+    """The inverse of parse: nested plain values, JSON- and TOML-ready (no None). chosen: without what is at its default."""
     result: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
+        if chosen and value == _default(f):
+            continue
         if dataclasses.is_dataclass(value):
-            result[f.name] = to_table(value)
+            result[f.name] = to_table(value, chosen=chosen)
         elif isinstance(value, tuple):
             result[f.name] = list(value)
         elif value is not None:

@@ -20,7 +20,7 @@ from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.errors import IntegrityError
 
 ARRAYS, CONFIG, METRICS, EXTRA = "arrays", "config", "metrics", "extra"
-NUM_EXAMPLES, MAX_STEPS = "num-examples", "max-steps"
+NUM_EXAMPLES, MAX_STEPS, DEFAULTS = "num-examples", "max-steps", "config-defaults"
 PROTOCOL = 1
 CONFIG_LIMIT = 1 << 20
 DTYPES = {"float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"}
@@ -30,6 +30,7 @@ DTYPES = {"float16", "float32", "float64", "int8", "int16", "int32", "int64", "u
 class Request:
     """What a client is asked to do. ``config`` is a table that the client validates with the application's own schema.
 
+    defaults: dotted keys of ``config`` at their defaults; a client of an older version, which does not know one, does without.
     arrays: the global model. extra: what the algorithm sends beside it (a control variate, say), by name.
     max_steps: of the optimiser, at most; 0 = the whole local update.
     """
@@ -42,6 +43,7 @@ class Request:
     arrays: Arrays
     extra: Arrays = field(default_factory=dict)
     max_steps: int = 0
+    defaults: tuple[str, ...] = ()
 
     def to_record(self) -> RecordDict:
         header: dict[str, Any] = {
@@ -54,6 +56,8 @@ class Request:
         }
         if self.max_steps:
             header[MAX_STEPS] = self.max_steps
+        if self.defaults:
+            header[DEFAULTS] = list(self.defaults)
         content: dict[str, Any] = {ARRAYS: array_record(self.arrays), CONFIG: ConfigRecord(header)}
         if self.extra:
             content[EXTRA] = array_record(self.extra)
@@ -73,6 +77,9 @@ class Request:
         max_steps = _typed(header, MAX_STEPS, int, origin) if MAX_STEPS in header else 0
         if max_steps < 0:
             raise IntegrityError(f"{origin}: field {MAX_STEPS!r} is {max_steps}, expected at least 0")
+        defaults = _typed(header, DEFAULTS, list, origin) if DEFAULTS in header else []
+        if not all(isinstance(key, str) for key in defaults):
+            raise IntegrityError(f"{origin}: field {DEFAULTS!r} is no list of keys")
         return cls(
             application=_typed(header, "application", str, origin),
             config=table,
@@ -82,6 +89,7 @@ class Request:
             arrays=read_arrays(record, ARRAYS, origin),
             extra=read_arrays(record, EXTRA, origin) if EXTRA in record.array_records else {},
             max_steps=max_steps,
+            defaults=tuple(defaults),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.resources
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,18 @@ class Application:
             return configuration.parse(self.config_type, table, origin=origin)
         return configuration.parse(self.config_type, configuration.apply_overrides(table, items), origin="--set")
 
-    def configure_from(self, table: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str) -> Any:
-        """From a manifest's or a message's table: never trusted, validated in the same way."""
+    def configure_from(
+        self, table: Mapping[str, Any], overrides: Iterable[str] = (), *, origin: str, defaults: Collection[str] = ()
+    ) -> Any:
+        """From a manifest's or a message's table: never trusted, validated in the same way.
+
+        defaults: dotted keys that its writer left at their defaults; those that this version does not know are passed over.
+        """
         if not isinstance(table, Mapping):
             raise ConfigError(f"{origin}: a configuration must be a table")
         try:
-            return configuration.parse(self.config_type, configuration.apply_overrides(table, overrides), origin=origin)
+            known = configuration.known(self.config_type, table, defaults) if defaults else table
+            return configuration.parse(self.config_type, configuration.apply_overrides(known, overrides), origin=origin)
         except RecursionError:
             raise ConfigError(f"{origin}: the configuration is nested too deeply") from None
 

@@ -13,7 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fl_core.contracts import config as configuration
-from fl_core.contracts.config import apply_overrides, choice, flag, number, parse, read_toml, sequence, text, to_table
+from fl_core.contracts.config import (
+    apply_overrides,
+    at_default,
+    choice,
+    describes,
+    flag,
+    known,
+    number,
+    parse,
+    read_toml,
+    sequence,
+    text,
+    to_table,
+)
 from fl_core.contracts.errors import ConfigError, ExitCode
 from tests.helpers import refusal
 
@@ -137,6 +150,52 @@ def test_parse_inverts_to_table_also_through_json(inner: Inner, top: int) -> Non
     config = Outer(inner=inner, top=top)
     assert parse(Outer, to_table(config), origin="x") == config
     assert parse(Outer, json.loads(json.dumps(to_table(config))), origin="x") == config
+
+
+@dataclass(frozen=True, kw_only=True)
+class OlderInner:
+    count: int = number(3, low=1, high=9)
+    rate: float = number(0.5, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Older:
+    inner: OlderInner = field(default_factory=OlderInner)
+
+
+@given(inner=inners, top=st.integers(-10, 5))
+def test_an_older_schema_reads_what_it_knows_or_names_what_it_would_need(inner: Inner, top: int) -> None:
+    config = Outer(inner=inner, top=top)
+    table = known(Older, to_table(config), frozenset(at_default(config)))
+    newer = {f.name for f in dataclasses.fields(Inner)} - {"count", "rate"}
+    used = [name for name in newer if getattr(inner, name) != getattr(Inner(), name)]
+    if not used and top == 0:
+        assert parse(Older, table, origin="x") == Older(inner=OlderInner(count=inner.count, rate=inner.rate))
+    else:
+        with pytest.raises(ConfigError, match="unknown key"):
+            parse(Older, table, origin="x")
+
+
+def test_a_section_that_is_not_known_is_passed_over_only_while_it_says_nothing() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class OnlyTop:
+        top: int = number(0)
+
+    for inner, accepted in ((Inner(), True), (Inner(count=4), False)):
+        config = Outer(inner=inner, top=2)
+        table = known(OnlyTop, to_table(config), frozenset(at_default(config)))
+        assert ("inner" not in table) is accepted
+
+
+@given(inner=inners, top=st.integers(-10, 5), other=inners)
+def test_a_table_describes_its_own_configuration_alone(inner: Inner, top: int, other: Inner) -> None:
+    config = Outer(inner=inner, top=top)
+    table = json.loads(json.dumps(to_table(config)))
+    assert describes(table, config)
+    assert describes(to_table(config, chosen=True), config), "what it lacks is at its default"
+    assert describes(table, Outer(inner=other, top=top)) is (to_table(other) == to_table(inner))
+    assert not describes({**table, "removed": 1}, config)
+    assert not describes({**table, "inner": 3}, config)
 
 
 json_values = st.recursive(

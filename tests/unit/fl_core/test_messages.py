@@ -48,7 +48,14 @@ def equal(found: Any, expected: Any) -> None:
 @given(arrays=tables, extra=tables, table=config, round_=signed, seed=signed, application=st.text(max_size=10))
 def test_request_round_trip(arrays: Any, extra: Any, table: Any, round_: int, seed: int, application: str) -> None:
     sent = Request(
-        application=application, config=table, round=round_, num_rounds=9, seed=seed, arrays=arrays, extra=extra
+        application=application,
+        config=table,
+        round=round_,
+        num_rounds=9,
+        seed=seed,
+        arrays=arrays,
+        extra=extra,
+        defaults=tuple(table),
     )
     found = Request.from_record(sent.to_record(), origin="server")
     equal(found.arrays, arrays)
@@ -102,6 +109,8 @@ def changed_request(**header: Any) -> RecordDict:
         ({"server_round": 1.0}, "'server-round' is 1.0, expected int"),
         ({"server_round": True}, "'server-round' is True, expected int"),
         ({"seed": "0"}, "'seed'"),
+        ({"config_defaults": [1, 2]}, "'config-defaults' is no list of keys"),
+        ({"config_defaults": "a"}, "'config-defaults'"),
         ({"num_rounds": [1]}, "'num-rounds'"),
         ({"config_json": None}, "'config-json'"),
         ({"config_json": "{"}, "not JSON"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,31 @@ def test_another_run_in_the_same_folder_is_refused(
     start(tmp_path, ScriptedGrid(), rounds=1).run()
     with pytest.raises(IntegrityError, match=r"another configuration, seed or starting model\n.*--out"):
         start(tmp_path, ScriptedGrid(), *overrides, rounds=2, **options)
+
+
+def test_a_run_of_an_older_version_goes_on_after_an_upgrade(tmp_path: Path, start: Start) -> None:
+    """Its manifest lacks the keys that came since; whoever sets one of them has another run."""
+    start(tmp_path / "run", ScriptedGrid(), rounds=1).run()
+    for path in (tmp_path / "run").rglob("manifest.json"):
+        manifest = json.loads(path.read_text())
+        del manifest["config"]["algorithm"]["server_lr"], manifest["config"]["selection"]
+        path.write_text(json.dumps(manifest))
+    with pytest.raises(IntegrityError, match="another configuration"):
+        start(tmp_path / "run", ScriptedGrid(), "algorithm.server_lr=0.5", rounds=2)
+    calm = final(start(tmp_path / "calm", ScriptedGrid(), rounds=2))
+    assert fingerprint(final(start(tmp_path / "run", ScriptedGrid(), rounds=2))) == fingerprint(calm)
+
+
+def test_devices_are_told_which_settings_are_defaults(tmp_path: Path, start: Start) -> None:
+    told: list[Request] = []
+
+    def answer(name: str, kind: str, request: Request) -> Answer:
+        told.append(request)
+        return honest(name, kind, request)
+
+    start(tmp_path, ScriptedGrid(answer), "algorithm.name=fedadam", rounds=1).run()
+    assert "algorithm.tau" in told[0].defaults
+    assert "algorithm.name" not in told[0].defaults
 
 
 def test_old_rounds_are_removed_and_latest_points_to_the_end(tmp_path: Path, start: Start) -> None:
