@@ -107,6 +107,34 @@ class TestScores:
         assert scores["ap50"] == pytest.approx(1.0)  # the half has an IoU of 0.5; what is wrong comes last
         assert metrics.average_precision([found], 0.55) == pytest.approx(51 / 101)  # recall 0.5 at precision 1
 
+    @given(st.integers(0, 2**32 - 1))
+    def test_average_precision_is_what_its_slow_twin_says(self, seed: int) -> None:
+        """Few plants and instances, all scores different; precision as the best at that recall or more, at 101 recalls."""
+        rng = np.random.default_rng(seed)
+        pictures = []
+        for _ in range(3):
+            truth, made = (rng.integers(0, 4, (5, 5)).astype(np.int32) for _ in range(2))
+            made = data.renumbered(np.where(rng.random((5, 5)) < 0.6, truth, made))
+            pictures.append(metrics.compare(truth, made, rng.random(made.max())))
+        found = []  # (score, right)
+        for picture in pictures:
+            free = set(range(len(picture.true_size)))
+            for p in sorted(range(len(picture.scores)), key=lambda p: -picture.scores[p]):
+                best = max(free, key=lambda t: (picture.iou[t, p], -t), default=-1)
+                right = best >= 0 and picture.iou[best, p] >= 0.5
+                free -= {best} if right else set()
+                found.append((picture.scores[p], right))
+        found.sort(key=lambda pair: -pair[0])
+        total = sum(len(p.true_size) for p in pictures)
+        points = []
+        for k in range(1, len(found) + 1):
+            hits = sum(right for _, right in found[:k])
+            points.append((hits / total, hits / k))
+        expected = np.mean(
+            [max((p for r, p in points if r >= recall), default=0.0) for recall in np.linspace(0, 1, 101)]
+        )
+        assert metrics.average_precision(pictures, 0.5) == pytest.approx(expected)
+
     def test_a_false_alarm_with_the_highest_score_costs_precision(self) -> None:
         truth, labels = np.zeros((2, 12), np.int32), np.zeros((2, 12), np.int32)
         truth[:, 0:2] = labels[:, 0:2] = 1
