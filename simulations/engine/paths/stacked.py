@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fl_clients.training.client import Learner
 from fl_core.flower.messages import Request
+from fl_core.learning import seeding
 from simulations.engine import native
 from simulations.engine.cohort import Cohort, Course, Integers
 from simulations.engine.native.whole import Chain, NotAChain, chain, prepared, train
@@ -68,6 +69,12 @@ class StackedPath(CohortPath):
             )  # fmt: skip
         return total, weight, course.steps
 
+    def start(self, cohort: Cohort, request: Request) -> None:
+        """Each client's dropout from its own seed, as in ``local_update``."""
+        if self.program.random:
+            number, seed = request.round, request.seed
+            self.program.draws.start([seeding.key(seed, "dropout", number, name) for name in cohort.names])
+
     def _denominators(self, x: Tensor, targets: Tensor, course: Course, batch: int) -> Floats | None:
         """Of the loss, by size of batch; None where the program is no chain, or the loss no plain cross-entropy."""
         if not self._planned(x, batch) or self._chain is None:
@@ -95,6 +102,7 @@ class StackedPath(CohortPath):
     def gradients(
         self, inputs: Sequence[Tensor], targets: Tensor, sizes: Integers, slots: dict[str, Slot]
     ) -> tuple[Floats, Floats]:
+        self.program.draws.sizes = sizes.tolist()
         outputs = self.program.forward(inputs, slots, len(sizes))
         several = isinstance(outputs, tuple)
         found = self.loss(outputs if several else (outputs,), targets, sizes, several=several)

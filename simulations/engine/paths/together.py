@@ -102,6 +102,7 @@ class CohortPath(ABC):
         if done is None:
             stack.values[:count] = origin
             self.rule.start(stack.values[:count], rate)
+            self.start(cohort, request)
             done = self._step_by_step(cohort, request, stack, added)
         total, weight, steps = done
         losses = np.divide(total, weight, out=np.zeros(count), where=weight != 0)
@@ -117,6 +118,10 @@ class CohortPath(ABC):
         momentum or clipping.
         """
         return None
+
+    def start(self, cohort: Cohort, request: Request) -> None:
+        """Before the first step of these clients, where they do not go at once."""
+        log.debug("%d clients step by step", len(cohort))
 
     def _step_by_step(self, cohort: Cohort, request: Request, stack: Stack, added: Terms) -> Done:
         config = self.learner.config

@@ -14,6 +14,8 @@ from simulations.engine.program.layers import Conv1d, Conv2d, GroupNorm, Layer, 
 from simulations.engine.program.recurrent import Gru
 from simulations.engine.program.slots import Layout
 from simulations.engine.program.steps import (
+    Draws,
+    DropoutStep,
     Gradients,
     LayerStep,
     MaxPoolStep,
@@ -45,6 +47,7 @@ class Program:
         self._graph = traced(module)
         self.modules = dict(module.named_modules())
         self._live = self._find_live()
+        self.draws = Draws()
         self.steps = self._schedule()
         layers = [step.layer for step in self.steps if isinstance(step, LayerStep)]
         self.layouts: tuple[Layout, ...] = tuple(layout for layer in layers for layout in layer.layouts)
@@ -137,6 +140,8 @@ class Program:
             return LayerStep(layer, source, node.name, wanted=source in self._live)
         if source not in self._live:
             return None
+        if share := self._dropout(node):
+            return DropoutStep(source, node.name, share, self.draws)
         if self._is_relu(node):
             pooled = self._pool_after(node)
             if pooled is not None:
@@ -166,6 +171,15 @@ class Program:
             skipped.update(u.name for u in items)
             return used[0].name
         raise UnsupportedModel(f"{node.target}: its last state is used")
+
+    def _dropout(self, node: fx.Node) -> float:
+        """The share that a dropout layer takes out; 0 where this is none, or one that takes all."""
+        module = self.modules[str(node.target)] if node.op == "call_module" else None
+        return float(module.p) if type(module) is nn.Dropout and not module.inplace and module.p < 1 else 0.0
+
+    @property
+    def random(self) -> bool:
+        return any(isinstance(step, DropoutStep) for step in self.steps)
 
     def _is_relu(self, node: fx.Node) -> bool:
         if node.op == "call_module":

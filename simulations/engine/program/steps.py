@@ -157,6 +157,45 @@ class MaxPoolStep(Step):
         grads.add(self.source, dx.squeeze(2) if self._row else dx)
 
 
+class DropoutStep(Step):
+    """``nn.Dropout``: the mask of each client is drawn by its own generator, in the order and shape of its sequential update.
+
+    draws: the generators of the clients and how many of the B examples are each client's batch; set before each pass.
+    """
+
+    def __init__(self, source: str, target: str, share: float, draws: Draws) -> None:
+        self.source, self.target, self.share, self.draws = source, target, share, draws
+        self.reads = (source,)
+
+    def forward(self, values: Values, slots: Slots, clients: int) -> None:
+        x = values[self.source]
+        mask = torch.zeros(clients, len(x) // clients, *x.shape[1:], dtype=x.dtype)
+        for k, (generator, size) in enumerate(self.draws.of(clients)):
+            mask[k, :size] = torch.empty_like(mask[k, :size]).bernoulli_(1 - self.share, generator=generator)
+        self._mask = mask.view(x.shape).div_(1 - self.share)
+        values[self.target] = x * self._mask
+
+    def backward(self, grads: Gradients, slots: Slots, clients: int) -> None:
+        dy = grads.take(self.target)
+        if dy is not None:
+            grads.add(self.source, dy * self._mask)
+        del self._mask
+
+
+class Draws:
+    """What random steps draw from: a generator for each client of the stack, and the sizes of their batches."""
+
+    def __init__(self) -> None:
+        self.generators: list[torch.Generator] = []
+        self.sizes: Sequence[int] = ()
+
+    def start(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def of(self, clients: int) -> list[tuple[torch.Generator, int]]:
+        return list(zip(self.generators[:clients], self.sizes, strict=True))
+
+
 class Given(torch.autograd.Function):
     """A scalar whose gradients at ``outputs`` are those given. As the last argument of ``torch.autograd.grad`` they would
     make torch import its symbolic shapes, and with them sympy: a second of every worker's start.

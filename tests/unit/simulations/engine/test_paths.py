@@ -89,6 +89,20 @@ class Mlp(nn.Module):
         return found
 
 
+class Dropping(nn.Module):
+    """Random after flat and after temporal layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv1d(3, 5, 3), nn.Linear(40, 8), nn.Linear(8, 4)
+        self.first, self.second = nn.Dropout(0.3), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(torch.relu(self.a(x))).flatten(1)
+        found: Tensor = self.head(self.second(torch.tanh(self.b(x))))
+        return found
+
+
 class LstmNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -105,6 +119,7 @@ SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "gru_last": (partial(GruNet, False, 8), (3, 10)),  # of whole vectors: by the kernels
     "gru_all": (partial(GruNet, True, 6), (3, 10)),
     "mlp": (Mlp, (3, 10)),
+    "dropout": (Dropping, (3, 10)),
 }
 TRAININGS = {
     "plain": (),
@@ -268,7 +283,7 @@ def test_the_applications_compile_and_agree(name: str) -> None:
 
 
 def test_what_a_program_cannot_do_is_refused_with_its_reason() -> None:
-    class Dropping(Mlp):
+    class DroppingBare(Mlp):
         def forward(self, x: Tensor) -> Tensor:
             return functional.dropout(super().forward(x), 0.5)
 
@@ -283,7 +298,7 @@ def test_what_a_program_cannot_do_is_refused_with_its_reason() -> None:
 
     batch_norm = lambda: nn.Sequential(nn.Flatten(), nn.BatchNorm1d(30), nn.Linear(30, 4))  # noqa: E731
     for make, why in (
-        (Dropping, "random"), (Tied, "used more than once"), (Branching, "cannot be traced"),
+        (DroppingBare, "random"), (Tied, "used more than once"), (Branching, "cannot be traced"),
         (LstmNet, "outside a layer"), (batch_norm, "BatchNorm1d has no backward pass"),
     ):  # fmt: skip
         with pytest.raises(UnsupportedModel, match=why):
