@@ -136,7 +136,7 @@ class PretrainConfig:
         2, low=1, high=5, help="axis of the model's inputs that spatial processes share; 2: N, C, here"
     )
     schedule_of_stages: str = choice(
-        "1f1b", "1f1b", "gpipe", help="order of micro-batches in a pipeline dimension of mesh"
+        "gpipe", "gpipe", "1f1b", help="order of micro-batches in a pipeline dimension of mesh"
     )
     precision: str = choice("full", "full", "bf16", help="bf16: automatic mixed precision, parameters stay float32")
     activation_checkpointing: bool = flag(False, help="recompute activations in the backward pass: memory for time")

@@ -99,10 +99,10 @@ class Staged(Placement):
         _refuse_shared(model)
         points = cut_points(layer_costs(model, example), dist.get_world_size(self.group))
         model.train()
-        training = self._stage(model, example, points)
+        training = self._stage(model, example, points, schedule)
         self.schedule = SCHEDULES[schedule](training, count, loss_fn=self._loss, scale_grads=False)
         model.eval()
-        scoring = self._stage(model, example, points)
+        scoring = self._stage(model, example, points, schedule)
         model.train()
         stage: nn.Module = training.submod
         _share(stage, scoring.submod)
@@ -111,7 +111,7 @@ class Staged(Placement):
         model.to("meta")
         super().__init__(stage, layout)
 
-    def _stage(self, model: nn.Module, example: tuple[Tensor, ...], points: list[str]) -> Any:
+    def _stage(self, model: nn.Module, example: tuple[Tensor, ...], points: list[str], schedule: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of its tracer's future
             try:
@@ -127,6 +127,11 @@ class Staged(Placement):
                 for name in points:  # torch leaves its marks on the layers
                     for mark in ("forward", "_orig_forward"):
                         model.get_submodule(name).__dict__.pop(mark, None)
+        if schedule == "1f1b" and _reaches_over(pipe):
+            raise ConfigError(
+                "pretrain.schedule_of_stages = '1f1b': a skip connection reaches over a whole stage, with which torch's schedule waits for ever",
+                remedy="set pretrain.schedule_of_stages=gpipe, or use two stages",
+            )
         _contiguous_messages(pipe.get_stage_module(self.stage_of_pipe))
         return pipe.build_stage(self.stage_of_pipe, example[0].device, self.group)
 
@@ -212,6 +217,17 @@ class Staged(Placement):
 def _entered(forward: Callable[..., Any], *inputs: Tensor) -> Any:
     """Every input enters in the first stage, in order; torch takes stage 0 to use just the model's inputs, and no other stage any."""
     return forward(*(x.clone() for x in inputs))
+
+
+def _reaches_over(pipe: Any) -> bool:
+    """Whether an output of a stage is used by another one than the next."""
+    stages = [node for node in pipe.split_gm.graph.nodes if node.op == "call_module"]
+    for number, node in enumerate(stages):
+        for user in node.users:
+            users = [user] if user in stages else list(user.users)  # a getitem between them
+            if any(other in stages and stages.index(other) > number + 1 for other in users):
+                return True
+    return False
 
 
 class _Through(torch.autograd.Function):

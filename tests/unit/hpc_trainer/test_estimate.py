@@ -81,6 +81,8 @@ def test_each_dimension_of_the_mesh_cuts_what_it_says() -> None:
     app, overrides = application("seismic_facies"), ["model.norm=group", "pretrain.batch_size=4", "model.width=32"]
     one = estimate(app, "default", overrides, world=1, parallel="ddp")
     two = {m: estimate(app, "default", overrides, world=2, parallel="ddp", mesh=f"{m}=2") for m in PARTS}
+    scheduled = [*overrides, "pretrain.schedule_of_stages=1f1b"]
+    two["pipeline"] = estimate(app, "default", scheduled, world=2, parallel="ddp", mesh="pipeline=2")
     memory = {m: found["memory_bytes"] for m, found in two.items()}
     whole = one["memory_bytes"]
     assert memory["spatial"]["activations"] == pytest.approx(whole["activations"] / 2, rel=0.01)

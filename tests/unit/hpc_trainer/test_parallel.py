@@ -50,7 +50,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "tensor, ghost norm": (TOY, ("pretrain.mesh=tensor=2", "model.norm=ghost", "model.hidden=17")),
-    "pipeline, 1F1B": (VOLUME, ("pretrain.mesh=pipeline=2", "model.norm=group")),
+    "pipeline, 1F1B": (
+        VOLUME,
+        ("pretrain.mesh=pipeline=2", "model.norm=group", "pretrain.schedule_of_stages=1f1b"),
+    ),
     "pipeline, GPipe, clipped AdamW": (
         LEAF,
         (
@@ -72,7 +75,6 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "spatial by four": (VOLUME, ("pretrain.mesh=spatial=4", "model.norm=ghost")),
     "spatial by four, designs": ("topology_optimisation", ("pretrain.mesh=spatial=4", "data.iterations=1")),
 }
-EPOCHS = "pretrain.epochs=5"
 QUICK = (
     *("ddp, accumulated ghost batches", "fsdp, accumulation"),
     *("spatial, batch norm, a volume", "spatial, sharded"),
@@ -88,18 +90,18 @@ NEEDS_FOUR = (
 )
 
 
-def specification(name: str) -> dict[str, Any]:
+def specification(name: str, epochs: int) -> dict[str, Any]:
     app, overrides = CASES[name]
-    settings = [*settings_of(application(app), []), EPOCHS, *overrides]
+    settings = [*settings_of(application(app), []), f"pretrain.epochs={epochs}", *overrides]
     return {"application": app, "overrides": settings, "dtype": "float64", "data": "generated", "seed": 0}
 
 
-def launch(names: list[str], world: int, root: Path) -> dict[str, Arrays]:
+def launch(names: list[str], world: int, root: Path, epochs: int) -> dict[str, Arrays]:
     folders = []
     for number, name in enumerate(names):
         folders.append(root / f"{world}-{number}")
         folders[-1].mkdir(parents=True)
-        (folders[-1] / "specification.json").write_text(json.dumps(specification(name)))
+        (folders[-1] / "specification.json").write_text(json.dumps(specification(name, epochs)))
     launcher = [
         "-m",
         "torch.distributed.run",
@@ -120,8 +122,8 @@ def launch(names: list[str], world: int, root: Path) -> dict[str, Arrays]:
     }
 
 
-def check(names: list[str], world: int, root: Path) -> None:
-    alone, together = launch(names, 1, root), launch(names, world, root)
+def check(names: list[str], world: int, root: Path, epochs: int = 5) -> None:
+    alone, together = launch(names, 1, root, epochs), launch(names, world, root, epochs)
     found = {name: compare(alone[name], together[name], world) for name in names}
     print({name: max(c.deviations.values(), default=0) for name, c in found.items()}, file=sys.stderr)
     assert {n: (c.error, c.deviations, c.worst) for n, c in found.items() if not c.within(1e-12)} == {}
@@ -129,7 +131,7 @@ def check(names: list[str], world: int, root: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_two_processes_in_some_arrangements(tmp_path: Path) -> None:
-    check(list(QUICK), 2, tmp_path)
+    check(list(QUICK), 2, tmp_path, epochs=2)
 
 
 @pytest.mark.slow

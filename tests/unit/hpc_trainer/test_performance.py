@@ -130,6 +130,7 @@ def test_what_a_node_is() -> None:
     assert 1 <= node.usable_cores() <= facts["processor"]["logical"]
 
 
+@pytest.mark.slow
 def test_a_probe_measures_and_leaves_nothing_behind(tmp_path: Path) -> None:
     done = fieldfleet("probe", "--quick", "--json", "--path", tmp_path, "--out", tmp_path / "probe.json", timeout=200)
     assert done.returncode == 0, done.stderr
