@@ -23,7 +23,7 @@ from fl_core.runtime.machine import cpu_name
 from fl_core.storage import atomic
 from simulations.engine import native
 from simulations.engine.cache import cache_folder
-from simulations.engine.measure import label, measured, sequential_pace
+from simulations.engine.measure import label, measured, sample, sequential_pace
 from simulations.engine.names import (
     AUTO,
     DEFAULT_STACK,
@@ -211,7 +211,8 @@ def read_cache(file: File) -> dict[str, Any]:
 def signature(learner: Learner, population: Population, candidates: list[tuple[str, int]]) -> str:
     """Of all that the speed depends on."""
     config = learner.config
-    shapes = {k: [list(v.shape[1:]), str(v.dtype)] for k, v in population.examples(0).inputs.items()}
+    inputs = [task.data().train.inputs for task in sample(learner, population, 1, 0)]  # none: every client there fails
+    shapes = [{k: [list(v.shape[1:]), str(v.dtype)] for k, v in one.items()} for one in inputs]
     facts = [
         VERSION,
         learner.application.name,

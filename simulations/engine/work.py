@@ -130,12 +130,13 @@ class ClientWorker:
         facts.refused |= {leaf[position]: why for position, why in found.failures.items()}
         if not len(found.positions):
             return
-        if self._plain(found, state.reference) and self._counted_together(state, found):
+        plain = self._plain(found, state.reference)
+        if plain and len(found.positions) > 1 and self._counted_together(state, found):
             facts.clients += [leaf[position] for position in found.positions]
             facts.num_examples += found.num_examples
             facts.metrics += found.metrics
             return
-        bad = self._screened(found, leaf, state.reference)
+        bad = {} if plain and finite_arrays(found) else self._screened(found, leaf, state.reference)
         facts.refused |= {leaf[found.positions[i]]: why for i, why in bad.items()}
         kept = [i for i in range(len(found.positions)) if i not in bad]
         if not kept:
@@ -219,6 +220,12 @@ def same_shapes(found: Results, reference: Arrays) -> bool:
         if got.dtype != expected.dtype or got.shape[1:] != expected.shape:
             return False
     return True
+
+
+def finite_arrays(found: Results) -> bool:
+    """The least and the greatest of an array show a NaN too."""
+    floats = (array for array in found.arrays.values() if array.dtype.kind == "f" and array.size)
+    return all(np.isfinite(array.min()) and np.isfinite(array.max()) for array in floats)
 
 
 def size_of(data: ClientData) -> int:
