@@ -59,7 +59,7 @@ TELEMETRY, SETTLE, CONDITION = "telemetry", "settle", "condition"
 CONDITION_S = 5.0  # between looks at the device's own condition
 ANNOUNCED = ("joined", "away", "refused", "worker_failed", "waiting", "paused", "resumed")
 REUSED_BYTES = 2 << 20  # while a model comes or goes; the fleet link gives it back
-FIRST_SETTLE_S, SETTLE_S = 8.0, 600.0  # give back what only the start, or a burst of work, needed
+FIRST_SETTLE_S, SETTLE_S = 8.0, 120.0  # give back what only the start, or a burst of work, needed
 
 
 @dataclass(frozen=True, kw_only=True)
