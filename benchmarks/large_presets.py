@@ -59,7 +59,12 @@ EXAMPLES = 20  # few, so that twenty steps see each of them several times
 def settings(case: Case, parallel: str, mesh: str) -> list[str]:
     made = [
         *case.overrides,
-        *(f"pretrain.batch_size={case.batch}", f"pretrain.parallel={parallel}", "pretrain.epochs=1000"),
+        *(
+            f"pretrain.batch_size={case.batch}",
+            f"pretrain.parallel={parallel}",
+            "pretrain.epochs=1000",
+            "pretrain.checkpoint_every=1000",
+        ),
         *("pretrain.schedule=constant", "pretrain.warmup_fraction=0", "optimizer.lr=0.0003"),
     ]
     return [*made, *([f"pretrain.mesh={mesh}"] if mesh else [])]
