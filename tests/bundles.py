@@ -27,23 +27,24 @@ from fl_core.storage import atomic
 
 TOY = "toy_regression"
 TARGET = "x86"
+Exits = list[tuple[str, list[int]]]  # (name, shape behind the batch) of each output
 
 
 def linear_model(path: Path, weights: np.ndarray[Any, Any], *, padding: int = 0) -> None:
     """features (N, F) -> value (N,): a product with ``weights``; ``padding`` bytes make the file larger."""
     product = helper.make_node("MatMul", ["features", "w"], ["value"])
     tensors = [numpy_helper.from_array(weights.astype(np.float32), "w")]
-    _write_model(path, [product], tensors, ("features", ["batch", len(weights)]), "value", padding=padding)
+    _write_model(path, [product], tensors, ("features", ["batch", len(weights)]), [("value", [])], padding=padding)
 
 
 def _write_model(
-    path: Path, nodes: list[Any], tensors: list[Any], entry: tuple[str, list[Any]], exit_: str, *, padding: int = 0
+    path: Path, nodes: list[Any], tensors: list[Any], entry: tuple[str, list[Any]], exits: Exits, *, padding: int = 0
 ) -> None:
     graph = helper.make_graph(
         nodes,
         "test",
         [helper.make_tensor_value_info(entry[0], TensorProto.FLOAT, entry[1])],
-        [helper.make_tensor_value_info(exit_, TensorProto.FLOAT, ["batch"])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape]) for name, shape in exits],
         tensors,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
@@ -71,10 +72,10 @@ def toy_bundle(folder: Path, *, seed: int = 0, targets: tuple[str, ...] = (TARGE
 
 
 def mean_bundle(folder: Path, name: str, *, seed: int = 0) -> Path:
-    """Of an application with one input and one number for each example: the input's mean, times a number of ``seed``."""
+    """Of an application with one input: each number of each output is the input's mean, times a number of ``seed``."""
     app = application(name)
     config = app.configure()
-    (entry,), (exit_,) = app.inputs(config), app.outputs(config)
+    (entry,), exits = app.inputs(config), [(o.name, list(o.shape[1:])) for o in app.outputs(config)]
     rng = np.random.default_rng(seed)
     inputs = {entry.name: rng.normal(size=(4, *entry.shape[1:])).astype(np.float32)}
 
@@ -83,9 +84,18 @@ def mean_bundle(folder: Path, name: str, *, seed: int = 0) -> Path:
         factor = numpy_helper.from_array(np.float32(1 + seed), "factor")
         nodes = [
             helper.make_node("ReduceMean", [entry.name, "axes"], ["mean"], keepdims=0),
-            helper.make_node("Mul", ["mean", "factor"], [exit_.name]),
+            helper.make_node("Mul", ["mean", "factor"], ["number"]),
         ]
-        _write_model(path, nodes, [axes, factor], (entry.name, ["batch", *entry.shape[1:]]), exit_.name)
+        tensors = [axes, factor]
+        for name, shape in exits:  # (batch) -> (batch, 1, ...) -> (batch, *shape)
+            ones = numpy_helper.from_array(np.array([-1] + [1] * len(shape), np.int64), f"{name}/ones")
+            tile = numpy_helper.from_array(np.array([1, *shape], np.int64), f"{name}/tile")
+            nodes += [
+                helper.make_node("Reshape", ["number", f"{name}/ones"], [f"{name}/one"]),
+                helper.make_node("Tile", [f"{name}/one", f"{name}/tile"], [name]),
+            ]
+            tensors += [ones, tile]
+        _write_model(path, nodes, tensors, (entry.name, ["batch", *entry.shape[1:]]), exits)
 
     return _bundle(folder, app, config, inputs, model, seed=seed, targets=(TARGET,))
 
