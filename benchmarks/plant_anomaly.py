@@ -78,7 +78,16 @@ def measured(folder: str, site: str, seed: int, *, quick: bool) -> Rows:
     common = ["--data", str(work / "fit"), "--seed", str(seed)]
     settings = [f"--set={s}" for s in ("data.holdout_fraction=0.0", *(SMALL if quick else ()))]
     call("pretrain", "plant_anomaly", "--preset", "leaves", "--out", str(work / "encoder"), *common, *settings)
-    head = ["--from", str(work / "encoder"), "--rounds", "1", "--set", "algorithm.name=statistics_head"]
+    head = [
+        "--preset",
+        "leaves",
+        "--from",
+        str(work / "encoder"),
+        "--rounds",
+        "1",
+        "--set",
+        "algorithm.name=statistics_head",
+    ]
     call("simulate", "plant_anomaly", *head, "--out", str(work / "model"), *common, *settings)
     rows = judged(load(APPLICATION, work / "model"), config, fit, rest, site, seed)
     atomic.write_json(done, rows)
