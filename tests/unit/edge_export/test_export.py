@@ -166,10 +166,9 @@ def test_missing_sensors_stay_finite_in_int8(conflict: Path) -> None:
     window[2] = np.inf
     window[3] = 1e30
     for target in bundle.manifest.targets:
-        (values,) = predict(
-            app, config, bundle, type(raw)({"window": window}, raw.targets, raw.columns), target=target
-        ).values()
-        assert np.isfinite(values).all()
+        found = predict(app, config, bundle, type(raw)({"window": window}, raw.targets, raw.columns), target=target)
+        assert sorted(found) == sorted(o.name for o in app.outputs(config))
+        assert all(np.isfinite(values).all() for values in found.values())
 
 
 def test_a_scores_gate_that_is_missed_falls_back_to_fp32(tmp_path: Path) -> None:
