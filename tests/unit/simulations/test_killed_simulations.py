@@ -18,7 +18,7 @@ from tests.helpers import ROOT, eventually
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["sequential", "stacked:2"])
+@pytest.mark.parametrize("engine", ["sequential", "stacked"])
 @pytest.mark.parametrize("victim", ["command", "worker"])
 def test_a_killed_simulation_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], victim: str, engine: str
