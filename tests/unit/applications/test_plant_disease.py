@@ -384,7 +384,7 @@ def test_metrics_and_predictions_by_name(examples: Examples) -> None:
     logits = np.zeros((len(examples), 4), np.float32)
     logits[np.arange(len(examples)), examples.targets] = 3
     found = APPLICATION.metrics(CONFIG, {"logits": logits}, examples)
-    assert found == {"accuracy": 1.0, "f1_macro": 1.0}
+    assert found == {"accuracy": 1.0, "f1_macro": 1.0, "balanced_accuracy": 1.0}
     json.dumps(found, allow_nan=False)
     masks = APPLICATION.groups(CONFIG, examples)
     assert {"lab", "field"} & set(masks)
