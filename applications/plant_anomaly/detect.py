@@ -21,8 +21,8 @@ import numpy.typing as npt
 
 from applications.plant_anomaly import APPLICATION, data, pipeline
 from applications.plant_anomaly.config import Config
-from fl_core.contracts.cli import common_options, emit, output_folder
-from fl_core.contracts.errors import FieldfleetError, InputError
+from fl_core.contracts.cli import common_options, emit, output_folder, standalone
+from fl_core.contracts.errors import InputError
 from fl_core.learning.application import Outputs
 from fl_core.learning.examples import Examples
 from fl_core.learning.partition import client_data
@@ -53,12 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--false-alarms", type=float, default=0.05, metavar="RATE")
     data_option(parser)
     common_options(parser)
-    args = parser.parse_args(arguments)
-    try:
-        return run(args)
-    except FieldfleetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    return standalone(parser, run, arguments)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from applications.plant_disease import APPLICATION
 from applications.plant_disease.config import Config
-from fl_core.contracts.cli import common_options, emit, output_folder
-from fl_core.contracts.errors import FieldfleetError, InputError
+from fl_core.contracts.cli import common_options, emit, output_folder, standalone
+from fl_core.contracts.errors import InputError
 from fl_core.learning.examples import Examples
 from fl_core.learning.sources import data_option, open_data
 from fl_core.learning.trained import load
@@ -36,12 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--unseen", action="store_true", help="only clients that the model was not trained on")
     data_option(parser)
     common_options(parser)
-    args = parser.parse_args(arguments)
-    try:
-        return run(args)
-    except FieldfleetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    return standalone(parser, run, arguments)
 
 
 def run(args: argparse.Namespace) -> int:

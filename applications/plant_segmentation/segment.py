@@ -22,9 +22,9 @@ from applications.plant_segmentation.config import Config
 from applications.plant_segmentation.data import Pictures
 from applications.plant_segmentation.formats import Picture
 from applications.plant_segmentation.grouping import Instances
-from fl_core.contracts.cli import common_options, emit, output_folder
+from fl_core.contracts.cli import common_options, emit, output_folder, standalone
 from fl_core.contracts.config import to_table
-from fl_core.contracts.errors import FieldfleetError, InputError
+from fl_core.contracts.errors import InputError
 from fl_core.contracts.progress import Progress
 from fl_core.imagery import photographs
 from fl_core.learning.examples import Examples
@@ -60,12 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most N photographs (default: all)")
     data_option(parser)
     common_options(parser)
-    args = parser.parse_args(arguments)
-    try:
-        return run(args)
-    except FieldfleetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    return standalone(parser, run, arguments)
 
 
 def run(args: argparse.Namespace) -> int:

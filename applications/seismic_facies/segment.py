@@ -24,8 +24,8 @@ from applications.seismic_facies.data import Block, Volumes
 from applications.seismic_facies.pipeline import UNLABELLED, probabilities
 from fl_core.contracts import bundle as bundles
 from fl_core.contracts import checkpoint as checkpoints
-from fl_core.contracts.cli import common_options, emit, output_folder
-from fl_core.contracts.errors import FieldfleetError, InputError
+from fl_core.contracts.cli import common_options, emit, output_folder, standalone
+from fl_core.contracts.errors import InputError
 from fl_core.contracts.progress import Progress
 from fl_core.learning.sources import data_option, open_data
 from fl_core.storage import atomic
@@ -132,12 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most N volumes (default: all)")
     data_option(parser)
     common_options(parser)
-    args = parser.parse_args(arguments)
-    try:
-        return run(args)
-    except FieldfleetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return int(error.exit_code)
+    return standalone(parser, run, arguments)
 
 
 def run(args: argparse.Namespace) -> int:

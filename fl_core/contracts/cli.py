@@ -6,13 +6,13 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fl_core.contracts.errors import InputError
+from fl_core.contracts.errors import FieldfleetError, InputError
 
 Subparsers = Any  # argparse's _SubParsersAction is private
 Run = Callable[[argparse.Namespace], int | None]
@@ -42,6 +42,16 @@ def command(subparsers: Subparsers, name: str, run: Run, *, help: str, config: b
     common_options(parser, config=config)
     parser.set_defaults(run=run)
     return parser
+
+
+def standalone(parser: argparse.ArgumentParser, run: Run, arguments: Sequence[str] | None) -> int:
+    """The exit code of a command that an application's own module is: an error goes to stderr with its remedy."""
+    args = parser.parse_args(arguments)
+    try:
+        return run(args) or 0
+    except FieldfleetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
 
 
 def emit(args: argparse.Namespace, document: dict[str, Any], human: str | Callable[[], None]) -> None:
