@@ -6,50 +6,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from fl_core.contracts.arrays import Arrays
-
-Whole = Callable[[torch.Tensor, torch.Tensor], npt.NDArray[Any]]
-Part = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 PREFIX = "optimizer/"
 COUNTERS = ("step",)  # what optimisers change in their groups; the rest of a group is configuration
 
 
-def save(optimizer: torch.optim.Optimizer, whole: Whole | None = None) -> dict[str, npt.NDArray[Any]]:
-    """To be called by every rank: an optimiser that spreads its state gathers it here.
+class Entry(NamedTuple):
+    """parameter: whose state it is; None for what belongs to all of them."""
 
-    whole(state, parameter): the whole array of which this process has a part, for state of the parameter's own shape.
-    """
-    parameters = _parameters(optimizer)
-    table: dict[str, npt.NDArray[Any]] = {}
+    key: str
+    value: Tensor
+    parameter: Tensor | None
+
+
+def entries(optimizer: torch.optim.Optimizer) -> Iterator[Entry]:
+    """To be called by every rank: an optimiser that spreads its state gathers it here."""
+    parameters = numbered(optimizer)
     document = optimizer.state_dict()
-    for index, entries in document["state"].items():
-        for name, value in entries.items():
+    for index, state in document["state"].items():
+        for name, value in state.items():
             if isinstance(value, (list, tuple)):
                 for place, item in enumerate(value):
-                    table[f"{PREFIX}{index}/{name}/{place}"] = _array(item)
+                    yield Entry(f"{PREFIX}{index}/{name}/{place}", _tensor(item), parameters.get(index))
             elif torch.is_tensor(value):
-                parameter = parameters.get(index)
-                cut = whole is not None and parameter is not None and value.shape == parameter.shape
-                table[f"{PREFIX}{index}/{name}"] = whole(value, parameter) if cut else _array(value)  # type: ignore[misc, arg-type]
+                yield Entry(f"{PREFIX}{index}/{name}", value, parameters.get(index))
             elif value is not None:
-                table[f"{PREFIX}{index}/number/{name}"] = np.asarray(value)
+                yield Entry(f"{PREFIX}{index}/number/{name}", _tensor(np.asarray(value)), parameters.get(index))
     for number, group in enumerate(document["param_groups"]):
         for name in COUNTERS:
             if name in group:
-                table[f"{PREFIX}group/{number}/{name}"] = np.asarray(group[name])
-    return table
+                yield Entry(f"{PREFIX}group/{number}/{name}", _tensor(np.asarray(group[name])), None)
 
 
-def load(optimizer: torch.optim.Optimizer, table: Arrays, part: Part | None = None) -> None:
-    """part(whole, parameter): what this process keeps of a whole array of the parameter's shape."""
-    parameters = _parameters(optimizer)
+def save(optimizer: torch.optim.Optimizer) -> dict[str, npt.NDArray[Any]]:
+    """Of an optimiser whose parameters are whole here."""
+    return {entry.key: np.array(entry.value.detach().cpu().numpy()) for entry in entries(optimizer)}
+
+
+def load(optimizer: torch.optim.Optimizer, table: Mapping[str, Any]) -> None:
+    """``table``: arrays by key, or tensors cut as their parameters are."""
     states: dict[int, dict[str, Any]] = {}
     groups = [dict(group) for group in optimizer.state_dict()["param_groups"]]
     for key in sorted((k for k in table if k.startswith(PREFIX)), key=_order):
@@ -60,22 +62,33 @@ def load(optimizer: torch.optim.Optimizer, table: Arrays, part: Part | None = No
             case [index, "number", name]:
                 states.setdefault(int(index), {})[name] = value.item()
             case [index, name]:
-                tensor = torch.from_numpy(np.array(value))
-                if part is not None and name not in COUNTERS and int(index) in parameters:
-                    tensor = part(tensor, parameters[int(index)])
-                states.setdefault(int(index), {})[name] = tensor
+                states.setdefault(int(index), {})[name] = _tensor(value)
             case [index, name, _]:
-                states.setdefault(int(index), {}).setdefault(name, []).append(torch.from_numpy(np.array(value)))
+                states.setdefault(int(index), {}).setdefault(name, []).append(_tensor(value))
     optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> dict[Any, torch.Tensor]:
+def numbered(optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
+    """Parameters by the number that keys call them."""
     return dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
 
 
-def _array(item: Any) -> npt.NDArray[Any]:
+def number_of(key: str) -> int | None:
+    """The parameter's number in a key; None: it belongs to no parameter."""
+    head = key.split("/")[1]
+    return int(head) if head.isdigit() else None
+
+
+def renumbered(key: str, number: int) -> str:
+    prefix, _, *rest = key.split("/")
+    return "/".join([prefix, str(number), *rest])
+
+
+def _tensor(item: Any) -> Tensor:
     """An empty list stands for a dimension that is not preconditioned (SOAP)."""
-    return np.asarray(item.detach().cpu() if torch.is_tensor(item) else np.zeros(0, np.float32))
+    if torch.is_tensor(item):
+        return item
+    return torch.from_numpy(np.array(item)) if isinstance(item, np.ndarray) else torch.zeros(0)
 
 
 def _order(key: str) -> tuple[tuple[int, int | str], ...]:

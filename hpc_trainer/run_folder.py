@@ -1,16 +1,22 @@
 """A training run's folder: checkpoints by (epoch, step), the newest to go on from, and the final model.
 
-    epoch-00004/                the end of epoch 4
+    epoch-00004/                the end of epoch 4: a shard of each process, and the manifest
     epoch-00004-step-00120/     120 steps into epoch 5
     final/  latest -> final     history.jsonl
 
-Checkpoints are written in the background, from copies; each is wholly there or not there.
+Each process copies its part of the state and goes on training, while a thread of its own writes the shard into a hidden folder.
+Whether everybody's lies on the disk is asked with the sums of the next step, which are summed anyway; then the main process writes
+the manifest and renames the folder. Before that nothing takes it for a checkpoint; a start removes what was left half-written.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,19 +26,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fl_core.contracts import arrays as array_format
 from fl_core.contracts import checkpoint as checkpoints
-from fl_core.contracts.arrays import Arrays
-from fl_core.contracts.checkpoint import Checkpoint
+from fl_core.contracts.checkpoint import MODEL_PREFIX, SHARDS
 from fl_core.contracts.config import describes, to_table
-from fl_core.contracts.errors import ConfigError
-from fl_core.contracts.manifests import CheckpointManifest
+from fl_core.contracts.errors import ConfigError, IntegrityError
+from fl_core.contracts.manifests import MANIFEST_NAME, CheckpointManifest, read_manifest
+from fl_core.contracts.shards import Piece, ShardReader, shard_parts
 from fl_core.learning.application import Application
 from fl_core.storage import atomic
 from hpc_trainer.processes import Processes
 
-STATE_NAME = "training.safetensors"
 PROGRESS = "progress"
+PARTIAL = ".partial"
 KEPT = 2
 # Keys of [pretrain] that decide where and how fast the same training runs; a run may go on with others.
 FREE = (
@@ -65,13 +70,24 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
+    """A checkpoint to go on from; who reads it closes ``shards``."""
+
     progress: Progress
-    arrays: Arrays
-    state: Arrays
-    origin: str
+    shards: ShardReader
+
+
+@dataclass(kw_only=True)
+class _Writing:
+    """A checkpoint of which this process's shard is being written, or was."""
+
+    name: str
+    manifest: CheckpointManifest
+    shard: Future[None]
 
 
 class RunFolder:
+    """Every process has one, and makes the same calls in the same order: most of them are collective."""
+
     def __init__(
         self,
         path: Path,
@@ -83,58 +99,131 @@ class RunFolder:
     ) -> None:
         self.path, self.processes = path, processes
         self.application, self.config, self.clients, self.seed = application, config, clients, seed
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: _Writing | None = None
+        self._committing: Future[None] | None = None
+        if processes.is_main:
+            for left in path.glob(f".*{PARTIAL}"):
+                shutil.rmtree(left)
+        processes.barrier()
 
-    def save(self, progress: Progress, arrays: Arrays, state: Arrays, metrics: dict[str, float]) -> None:
-        """Returns at once; an error of the previous write is raised here. ``arrays`` and ``state`` are copies."""
-        if not self.processes.is_main:
-            return
-        self.wait()
+    def save(self, progress: Progress, pieces: Sequence[Piece], metrics: dict[str, float]) -> None:
+        """Returns once an earlier checkpoint lies there and this one is under way. ``pieces`` are copies: this process's."""
+        self.settle()
         facts = np.array([progress.epoch, progress.step, progress.numerator, progress.denominator])
-        made = Checkpoint(
-            self._manifest(progress.epoch, metrics),
-            arrays,
-            {STATE_NAME: array_format.to_bytes({**state, PROGRESS: facts})},
+        if self.processes.is_main:
+            pieces = [*pieces, Piece(name=PROGRESS, shape=facts.shape, offset=(0,), array=facts)]
+        self._writing = _Writing(
+            name=progress.name,
+            manifest=self._manifest(progress.epoch, metrics),
+            shard=self._thread.submit(self._write, progress.name, pieces),
         )
-        self._pending = self._writer.submit(self._write, progress.name, made)
 
-    def _write(self, name: str, made: Checkpoint) -> None:
-        made.save(self.path / name)
-        atomic.point_to(self.path / checkpoints.LATEST, name)
+    @property
+    def writing(self) -> bool:
+        """Whether this process still writes its shard. Raises the error with which it could not."""
+        if self._writing is None or not self._writing.shard.done():
+            return self._writing is not None
+        self._writing.shard.result()
+        return False
+
+    def written(self) -> None:
+        """To be called by every process once none is ``writing``: what they wrote becomes a checkpoint, in the background."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            if self.processes.is_main:
+                if self._committing is not None:
+                    self._committing.result()
+                self._committing = self._thread.submit(self._commit, writing)
+
+    def settle(self) -> None:
+        """Until what was saved is a checkpoint; raises the error with which it is not. Collective."""
+        if self._writing is not None:
+            self._writing.shard.result()
+            self.processes.barrier()
+            self.written()
+        if self._committing is not None:
+            done, self._committing = self._committing, None
+            done.result()
+
+    def close(self) -> None:
+        """Lets what is under way come to its end; not collective, and may follow an error."""
+        self._thread.shutdown()
+
+    def _write(self, name: str, pieces: Sequence[Piece]) -> None:
+        """The shard and its digest, in files of their own, on the disk when this returns."""
+        folder = self._partial(name) / SHARDS
+        folder.mkdir(parents=True, exist_ok=True)
+        shard = folder / f"rank-{self.processes.rank:05d}.safetensors"
+        digest = hashlib.sha256()
+        with shard.open("wb") as file:
+            for part in shard_parts(pieces):
+                digest.update(part)
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        atomic.write_json(shard.with_suffix(".json"), {shard.name: digest.hexdigest()})
+
+    def _digests(self, name: str) -> dict[str, str]:
+        """Of all processes' shards, whose files are taken away."""
+        digests: dict[str, str] = {}
+        for file in sorted((self._partial(name) / SHARDS).glob("rank-*.json")):
+            digests |= json.loads(file.read_text(encoding="ascii"))
+            file.unlink()
+        if len(digests) != self.processes.world:
+            raise IntegrityError(
+                f"{self._partial(name)}: shards of {len(digests)} processes, not of {self.processes.world}",
+                remedy="--out must lie on a file system that all nodes share",
+            )
+        return digests
+
+    def _commit(self, writing: _Writing) -> None:
+        partial = self._partial(writing.name)
+        checkpoints.write_shards_manifest(partial, writing.manifest, self._digests(writing.name))
+        atomic.fsync_folder(partial / SHARDS)
+        os.replace(partial, self.path / writing.name)
+        atomic.fsync_folder(self.path)
+        atomic.point_to(self.path / checkpoints.LATEST, writing.name)
         for old in self._all()[:-KEPT]:
+            with contextlib.suppress(FileNotFoundError):
+                (old / MANIFEST_NAME).unlink()  # first: a folder that is half gone is no checkpoint
             shutil.rmtree(old)
 
-    def wait(self) -> None:
-        """Until what was saved lies on the disk; raises the error with which it does not."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+    def _partial(self, name: str) -> Path:
+        return self.path / f".{name}{PARTIAL}"
 
-    def finish(self, epochs: int, arrays: Arrays, metrics: dict[str, float]) -> Path:
-        self.wait()
+    def finish(self, epochs: int, pieces: Sequence[Piece], metrics: dict[str, float]) -> Path:
+        """The final model, a checkpoint of one file; the main process reads it out of everybody's shards, array by array."""
+        self.settle()
+        self._write("final", pieces)
+        self.processes.barrier()
         if self.processes.is_main:
-            Checkpoint(self._manifest(epochs, metrics), arrays).save(self.path / "final")
+            with ShardReader(self._partial("final") / SHARDS, self._digests("final")) as shards:
+                parts = shards.whole_parts(MODEL_PREFIX)
+                checkpoints.save_streamed(self.path / "final", self._manifest(epochs, metrics), parts)
             atomic.point_to(self.path / checkpoints.LATEST, "final")
+            shutil.rmtree(self._partial("final"))
         self.processes.barrier()
         return self.path / "final"
 
     def newest(self) -> Found | None:
-        """Raises ConfigError when the run in this folder is another one."""
+        """Raises ConfigError when the run in this folder is another one, IntegrityError where a byte was changed. Collective."""
         folders = self._all()
         if not folders:
             return None
-        last = checkpoints.load(folders[-1], with_state=True)
-        if last.manifest.seed != self.seed or not self._is_of(last.manifest.config):
+        last = folders[-1]
+        manifest = read_manifest(CheckpointManifest, last)
+        if manifest.seed != self.seed or not self._is_of(manifest.config):
             raise ConfigError(
                 f"{self.path}: holds a run with another configuration or seed",
                 remedy="name a new --out folder, or repeat the command that began this run",
             )
-        origin = str(folders[-1])
-        state = dict(array_format.from_bytes(last.state[STATE_NAME], origin=origin))
-        epoch, step, numerator, denominator = state.pop(PROGRESS, np.array([last.manifest.step, 0, 0, 0])).tolist()
+        shards = checkpoints.open_shards(last, manifest)
+        shards.verify(self.processes.rank, self.processes.world)
+        epoch, step, numerator, denominator = shards.read(PROGRESS).tolist()
         progress = Progress(epoch=int(epoch), step=int(step), numerator=numerator, denominator=denominator)
-        return Found(progress=progress, arrays=last.arrays, state=state, origin=origin)
+        self.processes.barrier()  # nobody goes on unless everybody's files are good
+        return Found(progress=progress, shards=shards)
 
     def _is_of(self, table: Mapping[str, Any]) -> bool:
         """Whether a run of this configuration wrote it, whatever it said of what may change between two starts."""
@@ -143,7 +232,7 @@ class RunFolder:
         return describes({**table, "pretrain": {**pretrain, **free}}, self.config)
 
     def _all(self) -> list[Path]:
-        return sorted(p for p in self.path.glob("epoch-*") if p.is_dir())
+        return sorted(p for p in self.path.glob("epoch-*") if (p / MANIFEST_NAME).is_file())
 
     def _manifest(self, epoch: int, metrics: dict[str, float]) -> CheckpointManifest:
         return CheckpointManifest(

@@ -110,10 +110,11 @@ class Step:
         for ghost in self.ghosts:
             ghost.deferred = True
 
-    def __call__(self, batches: list[Batch], stop: bool = False) -> Tensor:
-        """Gradients of the global loss are in place; returns (numerator, denominator, processes that want to stop)."""
-        sums = torch.zeros(3, dtype=torch.float64, device=batches[0].targets.device)
-        sums[2] = float(stop)
+    def __call__(self, batches: list[Batch], *, stop: bool = False, writing: bool = False) -> Tensor:
+        """Gradients of the global loss are in place; returns sums over all processes: numerator, denominator, and how many
+        want to ``stop`` and are still ``writing`` a checkpoint."""
+        sums = torch.zeros(4, dtype=torch.float64, device=batches[0].targets.device)
+        sums[2], sums[3] = float(stop), float(writing)
         if isinstance(self.placement, Staged):
             self._in_stages(self.placement, batches, sums)
             return sums
@@ -158,7 +159,7 @@ class Step:
             self.recipe.total(sums, layout.summed)
             if layout.pipeline is not None:
                 dist.all_reduce(sums, group=layout.pipeline)
-            if layout.tensor is not None:  # the same losses; but one process may have been told to stop
+            if layout.tensor is not None:  # the same losses; but one process may have been told to stop, or still write
                 dist.all_reduce(sums[2:], group=layout.tensor)
 
     def loss(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from fl_core.learning.averaging import ModelAverage
 from fl_core.learning.examples import Examples
 from fl_core.optimizers import build_optimizer
 from fl_core.storage.log import AppendLog, read_log
-from hpc_trainer import optimizer_state, phases
+from hpc_trainer import phases, snapshot
 from hpc_trainer.dropout import key_dropout
 from hpc_trainer.evaluation import Evaluation
 from hpc_trainer.layout import arrange
@@ -115,7 +115,7 @@ class Trainer:
                     self.on_epoch(record)
             return self._finish()
         finally:
-            self.folder.wait()
+            self.folder.close()
             if history is not None:
                 history.close()
 
@@ -125,7 +125,7 @@ class Trainer:
         seconds = time.monotonic() - began
         validation = self.evaluate(self.data.validation)
         if epoch >= self.average.first:
-            self.average.add(epoch, self.placement.arrays())
+            self.average.add(epoch, snapshot.local_arrays(self.placement))
         self.progress = Progress(epoch=epoch)
         if epoch % self.config.pretrain.checkpoint_every == 0 or epoch == self.config.pretrain.epochs:
             self._save(validation)
@@ -152,6 +152,8 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config.pretrain, self.base_lr, step, total)
             sums = self._step(epoch, step, index)
+            if sums[3] == 0:
+                self.folder.written()
             self.progress = self.progress.after_step(sums)
             if self.on_step and self.processes.is_main:
                 self.on_step(step + 1, total, self.losses[-1])
@@ -164,7 +166,7 @@ class Trainer:
         if stopping or (every and self.progress.step % every == 0 and self.progress.step < self.steps):
             self._save({})
         if stopping:
-            self.folder.wait()
+            self.folder.settle()
             self.processes.barrier()
             raise Interrupted(
                 f"told to stop after step {self.progress.step} of epoch {self.progress.epoch + 1}; a checkpoint is written",
@@ -172,12 +174,12 @@ class Trainer:
             )
 
     def _step(self, epoch: int, step: int, index: Index) -> Tensor:
-        """One global batch; returns its (numerator, denominator, stop), summed over all processes."""
+        """One global batch; returns its (numerator, denominator, stop, writing), summed over all processes."""
         with self.phase(phases.INPUT):
             batches = self.batches(epoch, index, self.processes.device, self.dtype)
         self.placement.module.train()
         self.optimizer.zero_grad(set_to_none=True)
-        sums = self.one_step(batches, self.stop_asked()).cpu()
+        sums = self.one_step(batches, stop=self.stop_asked(), writing=self.folder.writing).cpu()
         self.losses.append(float(sums[0] / sums[1]))
         if not math.isfinite(self.losses[-1]):
             raise self._not_finite(epoch, step, index)
@@ -204,23 +206,21 @@ class Trainer:
         return self.evaluation(examples, self.dtype)
 
     def _save(self, metrics: dict[str, float]) -> None:
-        with self.phase(phases.CHECKPOINT):  # every process: state that is spread is gathered
-            found = optimizer_state.save(self.optimizer, self.placement.whole)
-            state = {**self.placement.state_of_all(found), **self.average.save()}
-            self.folder.save(self.progress, self.placement.arrays(), state, metrics)
+        with self.phase(phases.CHECKPOINT):
+            self.folder.save(self.progress, snapshot.of_training(self.placement, self.optimizer, self.average), metrics)
 
     def _finish(self) -> Path:
-        final = self.average.result(self.placement.arrays())
-        self.placement.load(final, origin="averaged model")
-        return self.folder.finish(self.config.pretrain.epochs, final, self.evaluate(self.data.validation))
+        final = self.average.result(snapshot.local_arrays(self.placement))
+        snapshot.set_local_arrays(self.placement, final)
+        metrics = self.evaluate(self.data.validation)
+        return self.folder.finish(self.config.pretrain.epochs, snapshot.of_model(self.placement).pieces, metrics)
 
     def _resume(self) -> Progress:
         found = self.folder.newest()
         if found is None:
             return Progress(epoch=0)
-        self.placement.load(found.arrays, origin=found.origin)
-        optimizer_state.load(self.optimizer, self.placement.state_of_mine(found.state), self.placement.part)
-        self.average.load(found.state)
+        with found.shards as shards:
+            snapshot.restore(shards, self.placement, self.optimizer, self.average)
         return found.progress
 
 

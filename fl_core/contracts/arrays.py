@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,22 +31,38 @@ def to_bytes(arrays: Arrays) -> bytes:
     return safetensors_save({name: np.asarray(a, order="C") for name, a in arrays.items()})
 
 
-def pieces(arrays: Arrays, size: int = PIECE_BYTES) -> Iterator[bytes | memoryview]:
+DTYPES = {kind: np.dtype(name) for name, kind in SAFETENSORS_NAMES.items()}
+
+
+def header(
+    table: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """The beginning of a safetensors file whose arrays of these types and shapes follow in this order, without gaps."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in table.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": SAFETENSORS_NAMES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+    data = json.dumps(entries).encode()
+    data += b" " * (-len(data) % 8)
+    return len(data).to_bytes(8, "little") + data
+
+
+def data_pieces(array: npt.NDArray[Any], size: int = PIECE_BYTES) -> Iterator[memoryview]:
+    flat = np.asarray(array, order="C").reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, size):
+        yield flat[start : start + size].data
+
+
+def pieces(
+    arrays: Arrays, size: int = PIECE_BYTES, metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """safetensors in pieces of at most about ``size`` bytes, for arrays too large to be copied whole; joined they are
     what ``from_bytes`` reads. The arrays must not change meanwhile.
     """
-    flat = {name: np.asarray(a, order="C").reshape(-1).view(np.uint8) for name, a in arrays.items()}
-    table, end = {}, 0
-    for name, a in arrays.items():
-        begin, end = end, end + a.nbytes
-        kind = SAFETENSORS_NAMES[a.dtype.name]
-        table[name] = {"dtype": kind, "shape": list(a.shape), "data_offsets": [begin, end]}
-    header = json.dumps(table).encode()
-    header += b" " * (-len(header) % 8)
-    yield len(header).to_bytes(8, "little") + header
-    for data in flat.values():
-        for start in range(0, data.size, size):
-            yield data[start : start + size].data
+    yield header({name: (a.dtype, a.shape) for name, a in arrays.items()}, metadata)
+    for array in arrays.values():
+        yield from data_pieces(array, size)
 
 
 def from_bytes(data: bytes, *, origin: str) -> dict[str, npt.NDArray[np.generic]]:

@@ -2,6 +2,10 @@
 
     manifest.json  model.safetensors  state/NAME.safetensors|NAME.json  report.json  report.html
 
+One that central training keeps to go on from is in shards, one of each process: its arrays are read with any number of them.
+
+    manifest.json  shards/rank-00000.safetensors ...
+
 A run folder may hold many checkpoints and a symbolic link ``latest`` to the newest; both are accepted by name.
 """
 
@@ -9,8 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
+import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +27,14 @@ from fl_core.contracts import arrays as array_format
 from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.errors import InputError, IntegrityError
 from fl_core.contracts.manifests import MANIFEST_NAME, CheckpointManifest, read_manifest, to_json
+from fl_core.contracts.shards import ShardReader
 from fl_core.storage import atomic
 
 MODEL_NAME = "model.safetensors"
 LATEST = "latest"
 STATE_HASHES = "state_sha256"
+SHARDS = "shards"  # the folder, and the manifest's field: file -> sha256
+MODEL_PREFIX = "model/"  # of the model's arrays in shards
 
 
 def now() -> str:
@@ -62,12 +71,7 @@ class Checkpoint:
         encoded: what ``encoded()`` of this checkpoint returned.
         """
         data, digest = encoded or self.encoded()
-        manifest = dataclasses.replace(
-            self.manifest,
-            model_sha256=digest,
-            created=self.manifest.created or now(),
-            versions={**versions(), **self.manifest.versions},
-        )
+        manifest = completed(self.manifest, digest)
         with atomic.new_folder(folder) as temporary:
             (temporary / MODEL_NAME).write_bytes(data)
             for name, content in self.state.items():
@@ -78,6 +82,41 @@ class Checkpoint:
             table |= {STATE_HASHES: hashes} if hashes else {}
             atomic.write_json(temporary / MANIFEST_NAME, table)
         return manifest
+
+
+def completed(manifest: CheckpointManifest, digest: str) -> CheckpointManifest:
+    """With the model's hash, the time and versions filled in."""
+    return dataclasses.replace(
+        manifest,
+        model_sha256=digest,
+        created=manifest.created or now(),
+        versions={**versions(), **manifest.versions},
+    )
+
+
+def save_streamed(folder: Path, manifest: CheckpointManifest, parts: Iterable[bytes | memoryview]) -> None:
+    """A checkpoint without state, atomically; its safetensors file comes in ``parts`` and is never whole in memory."""
+    digest = hashlib.sha256()
+    with atomic.new_folder(folder) as temporary:
+        with (temporary / MODEL_NAME).open("wb") as file:
+            for part in parts:
+                digest.update(part)
+                file.write(part)
+        atomic.write_json(temporary / MANIFEST_NAME, to_json(completed(manifest, digest.hexdigest())))
+
+
+def write_shards_manifest(folder: Path, manifest: CheckpointManifest, digests: Mapping[str, str]) -> None:
+    """What makes ``folder``, whose shards lie on the disk, a checkpoint. Its hash is that of its shards' hashes."""
+    digest = atomic.sha256_bytes(json.dumps(dict(digests), sort_keys=True).encode())
+    atomic.write_json(folder / MANIFEST_NAME, {**to_json(completed(manifest, digest)), SHARDS: dict(digests)})
+
+
+def open_shards(folder: Path, manifest: CheckpointManifest) -> ShardReader:
+    """Of a checkpoint in shards, not yet verified. Raises IntegrityError."""
+    digests = manifest.unknown.get(SHARDS)
+    if not isinstance(digests, dict) or not digests or not all(isinstance(d, str) for d in digests.values()):
+        raise IntegrityError(f"{folder / MANIFEST_NAME}: names no shards", remedy="name a checkpoint of this release")
+    return ShardReader(folder / SHARDS, digests)
 
 
 def child_lineage(parent: Checkpoint | None) -> tuple[str, list[dict[str, Any]]]:
@@ -101,9 +140,15 @@ def resolve(path: Path) -> Path:
 
 
 def load(path: Path, *, with_state: bool = False) -> Checkpoint:
-    """Read and verify. Raises InputError (no such checkpoint) or IntegrityError (a byte differs from the manifest)."""
+    """Read and verify; of shards, the model alone. Raises InputError (no such checkpoint) or IntegrityError (a byte differs from the manifest)."""
     folder = resolve(path)
     manifest = read_manifest(CheckpointManifest, folder)
+    if SHARDS in manifest.unknown:
+        with open_shards(folder, manifest) as shards:
+            shards.verify()
+            return Checkpoint(
+                manifest, {n.removeprefix(MODEL_PREFIX): shards.read(n) for n in shards.names(MODEL_PREFIX)}
+            )
     model = folder / MODEL_NAME
     if not model.is_file():
         raise IntegrityError(f"{model}: no such file", remedy="the checkpoint is incomplete: copy it again")

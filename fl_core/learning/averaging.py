@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fl_core.algorithms.base import cast_like
 from fl_core.contracts.arrays import Arrays
 
-COUNT = "average/count"
+COUNT, SUMS = "average/count", "average/sums/"
 
 
 class ModelAverage:
@@ -34,12 +34,8 @@ class ModelAverage:
         return {k: cast_like(self.sums[k] / self.count, v) for k, v in last.items()}
 
     def save(self) -> dict[str, npt.NDArray[Any]]:
-        return {COUNT: np.array([self.count], np.int64), **{f"average/sums/{k}": v for k, v in self.sums.items()}}
+        return {COUNT: np.array([self.count], np.int64), **{SUMS + k: v for k, v in self.sums.items()}}
 
     def load(self, table: Arrays) -> None:
         self.count = int(table[COUNT][0]) if COUNT in table else 0
-        self.sums = {
-            k.removeprefix("average/sums/"): np.array(v, np.float64)
-            for k, v in table.items()
-            if k.startswith("average/sums/")
-        }
+        self.sums = {k.removeprefix(SUMS): np.array(v, np.float64) for k, v in table.items() if k.startswith(SUMS)}

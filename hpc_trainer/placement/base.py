@@ -5,7 +5,8 @@ No ``from __future__ import annotations`` here: DDP checks the hook's annotation
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,23 @@ from torch.distributed import GradBucket, ProcessGroup  # type: ignore[attr-defi
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from fl_core.contracts.arrays import Arrays, check_like
 from hpc_trainer.layout import Layout
 
 Table = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """The region of a whole tensor that this process holds, and which of the ``copies`` processes that hold the same it is."""
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    copy: int
+    copies: int
+
+    @classmethod
+    def uncut(cls, tensor: Tensor, holders: tuple[int, int]) -> Self:
+        return cls(shape=tuple(tensor.shape), offset=(0,) * tensor.dim(), copy=holders[0], copies=holders[1])
 
 
 def sum_gradients(group: ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
@@ -77,28 +91,38 @@ class Placement:
         """Whole gradients by parameter name, after they were summed; collective."""
         return {k: self.whole(p.grad, p) for k, p in self.model.named_parameters() if p.grad is not None}
 
-    def load(self, arrays: Arrays, *, origin: str) -> None:
-        """Whole arrays by name. Raises IntegrityError naming ``origin`` and the array that does not fit."""
-        check_like(arrays, self.arrays(), origin=origin)
-        with torch.no_grad():
-            for name, tensor in self.model.state_dict(keep_vars=True).items():  # of a stage: its own alone
-                tensor.copy_(self.part(torch.from_numpy(np.array(arrays[name])), tensor))
+    def local(self, tensor: Tensor) -> Tensor:
+        """This process's values of a parameter, a buffer or a state cut as one; they share its memory."""
+        return tensor.detach()
+
+    def like(self, values: Tensor, parameter: Tensor) -> Tensor:
+        """This process's values of a state that lies as ``parameter`` does, as the optimiser holds them."""
+        return values
 
     def whole(self, tensor: Tensor, parameter: Tensor) -> npt.NDArray[Any]:
         """The whole tensor of which this process has a part, cut as ``parameter`` is; collective."""
         return np.array(tensor.detach().cpu().numpy())
 
-    def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        """What this process keeps of ``whole``, as it keeps of ``parameter``."""
-        return whole
+    def placed(self, tensor: Tensor, parameter: Tensor | None) -> Placed:
+        """Where ``tensor`` lies: cut as ``parameter`` where it has its shape; None: it belongs to no parameter."""
+        return Placed.uncut(tensor, everyone())
 
-    def state_of_all(self, table: Table) -> Table:
-        """This process's table of ``optimizer_state`` -> the whole model's; collective."""
-        return table
+    def number_in_model(self, number: int) -> int:
+        """Of a parameter that the optimiser of this process calls ``number``."""
+        return number
 
-    def state_of_mine(self, table: Arrays) -> Arrays:
-        """The whole model's table of ``optimizer_state`` -> this process's."""
-        return table
+    def number_here(self, number: int) -> int | None:
+        """The other way; None: the parameter is not on this process."""
+        return number
+
+
+def everyone() -> tuple[int, int]:
+    """(rank, size) of the whole job."""
+    return group_place(dist.group.WORLD) if dist.is_initialized() else (0, 1)
+
+
+def group_place(group: ProcessGroup | None) -> tuple[int, int]:
+    return (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
 
 
 def forward(module: nn.Module, inputs: tuple[Tensor, ...], config: Any) -> Any:

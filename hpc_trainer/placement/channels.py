@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from hpc_trainer.placement.base import Placement
+from hpc_trainer.placement.base import Placed, Placement, group_place
 
 LAYERS = (nn.Linear, _ConvNd)
 CHANNELWISE = (
@@ -264,10 +264,14 @@ class Channelled(Placement):
         cut = cut_of(parameter)
         return super().whole(tensor if cut is None else cut.joined(tensor.detach()), parameter)
 
-    def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        cut = cut_of(parameter)
-        fits = cut is not None and whole.dim() == parameter.dim() and whole.shape[cut.axis] == cut.extent
-        return cut.of(whole).contiguous() if cut is not None and fits else whole
+    def placed(self, tensor: Tensor, parameter: Tensor | None) -> Placed:
+        cut = None if parameter is None else cut_of(parameter)
+        if cut is None or parameter is None or tensor.shape != parameter.shape:
+            return super().placed(tensor, parameter)
+        shape, offset = list(tensor.shape), [0] * tensor.dim()
+        shape[cut.axis], offset[cut.axis] = cut.extent, cut.mine[0]
+        copy, copies = group_place(self.layout.summed)
+        return Placed(shape=tuple(shape), offset=tuple(offset), copy=copy, copies=copies)
 
     def clip(self, norm: float) -> None:
         """Slices count on every process of the group, whole parameters once."""

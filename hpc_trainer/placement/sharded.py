@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from hpc_trainer.placement.base import Placement
+from hpc_trainer.placement.base import Placed, Placement
 from hpc_trainer.placement.blocks import blocks
 
 SMALLEST = 2**16  # elements: smaller blocks travel with the model's root
@@ -55,11 +55,36 @@ class Sharded(Placement):
         value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return np.array(value.detach().cpu().numpy())
 
-    def part(self, whole: Tensor, parameter: Tensor) -> Tensor:
-        if not isinstance(parameter, DTensor) or whole.shape != parameter.shape:
-            return whole
-        at = whole.to(device=parameter.device, dtype=parameter.dtype)
-        return distribute_tensor(at, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    def local(self, tensor: Tensor) -> Tensor:
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+    def like(self, values: Tensor, parameter: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return values
+        return DTensor.from_local(
+            values.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+    def placed(self, tensor: Tensor, parameter: Tensor | None) -> Placed:
+        """FSDP cuts the first axis into equal chunks, of which the last may be smaller or empty."""
+        if not isinstance(tensor, DTensor):
+            return super().placed(tensor, parameter)
+        mesh, offset, holders = tensor.device_mesh, [0] * tensor.dim(), (0, 1)
+        for dimension, placement in enumerate(tensor.placements):
+            size, rank = mesh.size(dimension), mesh.get_local_rank(dimension)
+            if isinstance(placement, Replicate):
+                holders = (rank, size)
+            else:
+                assert placement == Shard(0), placement
+                chunk = -(-tensor.shape[0] // size)
+                offset[0] = min(tensor.shape[0], rank * chunk)
+                assert self.local(tensor).shape[0] == min(tensor.shape[0], offset[0] + chunk) - offset[0]
+        return Placed(shape=tuple(tensor.shape), offset=tuple(offset), copy=holders[0], copies=holders[1])
 
     def scale_gradients(self, factor: Tensor) -> None:
         for p in self.parameters():

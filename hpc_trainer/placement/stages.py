@@ -21,10 +21,9 @@ from torch.distributed.pipelining import Schedule1F1B, ScheduleGPipe, SplitPoint
 from torch.fx.node import map_arg
 from torch.nn.modules.conv import _ConvNd
 
-from fl_core.contracts.arrays import Arrays
 from fl_core.contracts.errors import ConfigError
 from hpc_trainer.layout import Layout
-from hpc_trainer.placement.base import Placement, Table
+from hpc_trainer.placement.base import Placed, Placement, Table, everyone, group_place
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 Loss = Callable[[Any, int], Tensor]  # (outputs of a micro-batch, its number) -> what is differentiated
@@ -193,18 +192,19 @@ class Staged(Placement):
     def gradients(self) -> Table:
         return self._of_all_stages(super().gradients())
 
-    def state_of_all(self, table: Table) -> Table:
-        places = self._places()
-        return self._of_all_stages({_renumbered(key, places): value for key, value in table.items()})
+    def placed(self, tensor: Tensor, parameter: Tensor | None) -> Placed:
+        return Placed.uncut(tensor, everyone() if parameter is None else group_place(self.layout.summed))
 
-    def state_of_mine(self, table: Arrays) -> Arrays:
-        places = {whole: part for part, whole in self._places().items()}
-        return {_renumbered(k, places): v for k, v in table.items() if _number(k) is None or _number(k) in places}
+    def number_in_model(self, number: int) -> int:
+        return self._numbers()[number]
 
-    def _places(self) -> dict[int, int]:
-        """Number of a parameter in this stage -> in the whole model."""
-        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        return {number: self.names.index(name) for number, name in enumerate(names)}
+    def number_here(self, number: int) -> int | None:
+        numbers = self._numbers()
+        return numbers.index(number) if number in numbers else None
+
+    def _numbers(self) -> list[int]:
+        """In the whole model, of each parameter of this stage."""
+        return [self.names.index(name) for name, p in self.model.named_parameters() if p.requires_grad]
 
     def _of_all_stages(self, table: Table) -> Table:
         parts: list[Any] = [None] * dist.get_world_size(self.group)
@@ -287,17 +287,3 @@ def _single(outputs: Any) -> Any:
 
 def _several(outputs: Any) -> tuple[Tensor, ...]:
     return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
-
-
-def _number(key: str) -> int | None:
-    """The parameter's number in a key of ``optimizer_state``; None: it belongs to no parameter."""
-    head = key.split("/")[1] if key.startswith("optimizer/") else ""
-    return int(head) if head.isdigit() else None
-
-
-def _renumbered(key: str, places: dict[int, int]) -> str:
-    number = _number(key)
-    if number is None:
-        return key
-    prefix, _, *rest = key.split("/")
-    return "/".join([prefix, str(places[number]), *rest])
