@@ -118,5 +118,5 @@ def test_pieces_that_do_not_fit_together_are_refused(
         [Piece(name="a", shape=(4, 3), offset=(0, 0), array=array)],
         [Piece(name="a", shape=shape, offset=offset, array=array)],
     ]
-    with pytest.raises(IntegrityError, match="rank-00001.safetensors: not a readable shard: array 'a' does not fit"):
+    with pytest.raises(IntegrityError, match=r"rank-00001\.safetensors: not a readable shard: array 'a' does not fit"):
         ShardReader(tmp_path, write(tmp_path, files))

@@ -1,8 +1,12 @@
-"""One rank of float64 training runs, started under torchrun by the tests: ``ranks.py SPEC.json SPEC.json ...``."""
+"""One rank of float64 training runs, started under torchrun by the tests: ``ranks.py SPEC.json SPEC.json ...``.
+
+A specification may name a run's folder under ``from``: training goes on from its checkpoint of epoch ``at``.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,11 +39,21 @@ def train(spec: dict[str, Any], processes: Processes, out: Path, *, stop_after: 
     return trainer.losses
 
 
+def take_up(run: Path, epoch: int, out: Path) -> None:
+    """``out`` becomes ``run`` as it was when that epoch's checkpoint was its newest."""
+    name = f"epoch-{epoch:05d}"
+    shutil.copytree(run / name, out / name)
+
+
 def main() -> None:
     processes = join()
     try:
         for path in map(Path, sys.argv[1:]):
-            losses = train(json.loads(path.read_text()), processes, path.parent)
+            spec = json.loads(path.read_text())
+            if processes.is_main and "from" in spec:
+                take_up(Path(spec["from"]), spec["at"], path.parent)
+            processes.barrier()
+            losses = train(spec, processes, path.parent)
             if processes.is_main:
                 (path.parent / "losses.json").write_text(json.dumps(losses))
     finally:

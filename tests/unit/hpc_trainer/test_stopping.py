@@ -29,8 +29,8 @@ def command(out: Path, procs: int) -> list[str]:
     return ["pretrain", "toy_regression", "--data", "generated", "--out", str(out), "--procs", str(procs), *settings]
 
 
-def disturbed(out: Path, procs: int, number: int) -> int:
-    """Sends the signal to the training process once a checkpoint in mid-epoch lies there; the command's exit code."""
+def disturbed(out: Path, procs: int, number: int, rank: int = -1) -> int:
+    """Sends the signal to one of the training processes once a checkpoint in mid-epoch lies there; the command's exit code."""
     running = subprocess.Popen(
         [sys.executable, "-m", "fieldfleet", *command(out, procs)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -40,17 +40,19 @@ def disturbed(out: Path, procs: int, number: int) -> int:
     try:
         eventually(lambda: list(out.glob("epoch-*-step-*")) or running.poll() is not None, 120)
         assert running.poll() is None, "the run ended before it was disturbed: make it longer"
-        os.kill(victim(running.pid), number)
+        os.kill(victim(running.pid, rank), number)
         return running.wait(120)
     finally:
         if running.poll() is None:
             os.killpg(running.pid, signal.SIGKILL)
 
 
-def victim(pid: int) -> int:
-    """The last descendant: a training process, or the command itself where it trains."""
+def victim(pid: int, rank: int) -> int:
+    """The command itself where it trains; else one of the processes that its launcher started."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return victim(int(children[-1])) if children else pid
+    if len(children) == 1:
+        return victim(int(children[0]), rank)
+    return int(children[rank]) if children else pid
 
 
 def weights(out: Path) -> str:
@@ -70,9 +72,11 @@ def test_a_stopped_run_checkpoints_first_and_goes_on_to_the_same_bits(tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_killed_rank_costs_no_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_costs_no_bits(rank: int, tmp_path: Path) -> None:
     calm, out = tmp_path / "calm", tmp_path / "out"
     assert fieldfleet(*command(calm, 2), timeout=200).returncode == 0
-    assert disturbed(out, 2, signal.SIGKILL) == ExitCode.ENVIRONMENT
+    assert disturbed(out, 2, signal.SIGKILL, rank) == ExitCode.ENVIRONMENT
     assert fieldfleet(*command(out, 2), timeout=200).returncode == 0
     assert weights(out) == weights(calm)
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,48 @@ def test_batch_norm_trains_and_resumes(tmp_path: Path) -> None:
         trainer(tmp_path / "again", *overrides, on_epoch=stop).run()
     again = checkpoints.load(trainer(tmp_path / "again", *overrides).run())
     assert fingerprint(again.arrays) == fingerprint(whole.arrays)
+
+
+def test_a_half_written_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    """Neither one that was never renamed nor one that is half removed; both are as a killed run leaves them."""
+    whole = checkpoints.load(trainer(tmp_path / "calm").run())
+    run = tmp_path / "run"
+    trainer(run).run()
+    newest = max(run.glob("epoch-*"))
+    shutil.copytree(newest, run / ".epoch-09998.partial")
+    (run / ".epoch-09998.partial" / "manifest.json").unlink()
+    shutil.copytree(newest, run / "epoch-09999")
+    (run / "epoch-09999" / "manifest.json").unlink()
+    again = checkpoints.load(trainer(run).run())
+    assert fingerprint(again.arrays) == fingerprint(whole.arrays)
+    assert not (run / ".epoch-09998.partial").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    trainer(tmp_path).run()
+    shard = next(max(tmp_path.glob("epoch-*")).glob("shards/*"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"rank-00000\.safetensors: its sha256"):
+        trainer(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path: Path) -> None:
+    def in_the_way(step: int, total: int, loss: float) -> None:
+        (tmp_path / ".epoch-00000-step-00001.partial").touch()
+
+    with pytest.raises(NotADirectoryError):
+        trainer(tmp_path, "pretrain.checkpoint_steps=1", on_step=in_the_way).run()
+
+
+def test_a_checkpoint_on_the_way_can_be_used_as_a_model(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    t.run()
+    newest = checkpoints.load(max(tmp_path.glob("epoch-*")))
+    model = t.application.build_model(t.config)
+    assert {k: v.shape for k, v in newest.arrays.items()} == {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert newest.manifest.model_sha256
 
 
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path) -> None:
