@@ -137,9 +137,10 @@ class MeanAggregator(Aggregator):
 
     def add(self, state: State, update: Update) -> None:
         for name, array in update.arrays.items():
-            if name not in state.sums:
-                state.sums[name] = np.zeros(array.shape, np.float64)
-            add_scaled(state.sums[name], array, update.weight)
+            first = name not in state.sums
+            if first:
+                state.sums[name] = np.empty(array.shape, np.float64)
+            add_scaled(state.sums[name], array, update.weight, first=first)
         state.weight += update.weight
         state.count += 1
 
@@ -161,7 +162,13 @@ class MeanAggregator(Aggregator):
 
     def merge(self, state: State, other: State) -> None:
         for name, value in other.sums.items():
-            state.sums[name] = state.sums[name] + value if name in state.sums else value.copy()
+            mine = state.sums.get(name)
+            if mine is None:
+                state.sums[name] = value.copy()
+            elif mine.flags.writeable:
+                mine += value
+            else:  # as it came from another process
+                state.sums[name] = mine + value
         state.weight += other.weight
         state.count += other.count
 
@@ -176,10 +183,11 @@ class MeanAggregator(Aggregator):
         return mean
 
 
-def add_scaled(total: Float64, array: npt.NDArray[Any], weight: float) -> None:
+def add_scaled(total: Float64, array: npt.NDArray[Any], weight: float, *, first: bool = False) -> None:
     """``total += weight * array`` in float64, in place, block by block: no temporary is larger than a cache.
 
-    Element by element the same arithmetic as the plain expression, so the same bits. ``total`` is C-contiguous.
+    Element by element the same arithmetic as the plain expression, so the same bits. ``total`` is C-contiguous; ``first``:
+    it holds nothing yet, and counts as zeros.
     """
     flat, values = total.reshape(-1), np.asarray(array, order="C").reshape(-1)
     scratch = np.empty(min(BLOCK, values.size), np.float64)
@@ -188,7 +196,10 @@ def add_scaled(total: Float64, array: npt.NDArray[Any], weight: float) -> None:
         scaled = scratch[: part.size]
         scaled[:] = part
         scaled *= weight
-        flat[start : start + BLOCK] += scaled
+        if first:
+            np.add(scaled, 0.0, out=flat[start : start + BLOCK])
+        else:
+            flat[start : start + BLOCK] += scaled
 
 
 def cast_like(value: npt.NDArray[Any], reference: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -24,7 +24,9 @@ INT, REF = ctypes.c_int64, ctypes.c_void_p
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 REALS = {"f32": ctypes.c_float, "f64": ctypes.c_double}
 LANES = {torch.float32: 8, torch.float64: 4}  # numbers in a vector of the kernels
-LARGEST = 1 << 16  # elements of a matrix: larger products are left to the BLAS, which cuts them to the caches
+PLACES = {torch.float32: torch.int32, torch.float64: torch.int64}  # what says which number of a window was the largest
+LARGEST = 1 << 16  # elements of a matrix: larger ones are read in blocks, once in each direction
+FEW_ROWS = 32  # of examples: with more, products of larger matrices are left to the BLAS
 SIGNATURES = {  # i: integer, p: pointer, r: number of the arithmetic
     "linear_forward": "iiiii pppp",
     "linear_backward": "iiiii ppppppp rr",
@@ -33,6 +35,12 @@ SIGNATURES = {  # i: integer, p: pointer, r: number of the arithmetic
     "pool_forward": "iiiiiiii ppp",
     "pool_backward": "iiiiiiii pppp",
     "cross_entropy": "iii pp r pp",
+    "image_forward": "p pppp",
+    "image_backward": "p ppppppp rr",
+    "image_pool_forward": "p ppp",
+    "image_pool_backward": "p ppp",
+    "wide_forward": "iiiii pppp",
+    "wide_backward": "iiiii ppppppp rr",
     "gru_forward": "p pppppppp",
     "gru_backward": "p pppppppppppppp rr",
     "train": "ii p iiiiiii ppppp pp i ppp rr",
@@ -80,6 +88,11 @@ def small(slot: Slot) -> bool:
     return slot.value[0].numel() <= LARGEST
 
 
+def takes_linear(slot: Slot, rows: int) -> bool:
+    """Whether there is a kernel for products of so many rows with this matrix."""
+    return small(slot) or rows <= FEW_ROWS
+
+
 def run(name: str, x: Tensor, *arguments: Any) -> None:
     found = kernels()
     assert found is not None, "asked before usable()"
@@ -113,17 +126,9 @@ def linear(x: Tensor, weight: Slot, bias: Slot | None) -> Tensor:
     outputs = weight.value.shape[2]
     y = x.new_empty(clients, rows, outputs)
     run(
-        "linear_forward",
-        x,
-        clients,
-        rows,
-        inputs,
-        outputs,
-        weight.value.stride(0),
-        x.data_ptr(),
-        *values(weight, bias),
-        y.data_ptr(),
-    )
+        "linear_forward" if small(weight) else "wide_forward", x, clients, rows, inputs, outputs, weight.value.stride(0),
+        x.data_ptr(), *values(weight, bias), y.data_ptr(),
+    )  # fmt: skip
     return y
 
 
@@ -132,8 +137,9 @@ def linear_backward(x: Tensor, dy: Tensor, weight: Slot, bias: Slot | None, *, w
     clients, rows, inputs = x.shape
     dx = torch.empty_like(x) if wanted else None
     run(
-        "linear_backward", x, clients, rows, inputs, dy.shape[2], weight.value.stride(0), x.data_ptr(), dy.data_ptr(),
-        *values(weight, bias), *gradients(weight, bias), place(dx), weight.rate, weight.keep,
+        "linear_backward" if small(weight) else "wide_backward", x, clients, rows, inputs, dy.shape[2],
+        weight.value.stride(0), x.data_ptr(), dy.data_ptr(), *values(weight, bias), *gradients(weight, bias), place(dx),
+        weight.rate, weight.keep,
     )  # fmt: skip
     return dx
 
@@ -190,6 +196,67 @@ def pool_backward(dy: Tensor, y: Tensor, which: Tensor, steps: int, settings: Se
         which.data_ptr(), dx.data_ptr(),
     )  # fmt: skip
     return dx
+
+
+# convolutions and pooling over images, channels last
+
+Pair = tuple[int, int]
+
+
+def image(x: Tensor, weight: Slot, bias: Slot | None, stride: Pair, padding: Pair) -> Tensor:
+    """x (K B, H, W, C) -> (K B, H', W', O); weight (K, O, tall, wide, C)."""
+    sizes = _image(x, weight, stride, padding)
+    y = x.new_empty(x.shape[0], *sizes[-3:-1], weight.value.shape[1])
+    run("image_forward", x, fields(*sizes), x.data_ptr(), *values(weight, bias), y.data_ptr())
+    return y
+
+
+def image_backward(
+    x: Tensor, dy: Tensor, weight: Slot, bias: Slot | None, stride: Pair, padding: Pair, *, wanted: bool
+) -> Tensor | None:
+    dx = torch.empty_like(x) if wanted else None
+    run(
+        "image_backward", x, fields(*_image(x, weight, stride, padding)), x.data_ptr(), dy.data_ptr(), *values(weight, bias),
+        *gradients(weight, bias), place(dx), weight.rate, weight.keep,
+    )  # fmt: skip
+    return dx
+
+
+def _image(x: Tensor, weight: Slot, stride: Pair, padding: Pair) -> tuple[int, ...]:
+    clients, outputs, tall, wide, channels = weight.value.shape
+    count, height, width, _ = x.shape
+    out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip((height, width), padding, (tall, wide), stride, strict=True)]
+    sizes = (clients, count // clients, height, width, channels, outputs, tall, wide)
+    return (*sizes, *stride, *padding, *out, weight.value.stride(0))
+
+
+def image_pool(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, *, relu: bool, planar: bool
+) -> tuple[Tensor, Tensor]:
+    """x (N, H, W, C) -> (N, H', W', C), or (N, C, H', W') where ``planar``; and which of each window was the largest."""
+    sizes = _image_pool(x.shape, kernel, stride, padding, relu, planar)
+    count, channels, out_h, out_w = x.shape[0], x.shape[3], *sizes[-4:-2]
+    y = x.new_empty((count, channels, out_h, out_w) if planar else (count, out_h, out_w, channels))
+    which = torch.empty(count, out_h, out_w, channels, dtype=PLACES[x.dtype])
+    run("image_pool_forward", x, fields(*sizes), x.data_ptr(), y.data_ptr(), which.data_ptr())
+    return y, which
+
+
+def image_pool_backward(
+    dy: Tensor, which: Tensor, shape: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, *, planar: bool
+) -> Tensor:
+    """dy: of the shape that ``image_pool`` returned; shape: of its x."""
+    dx = dy.new_empty(tuple(shape))
+    sizes = fields(*_image_pool(shape, kernel, stride, padding, False, planar))
+    run("image_pool_backward", dy, sizes, dy.data_ptr(), which.data_ptr(), dx.data_ptr())
+    return dx
+
+
+def _image_pool(
+    shape: Sequence[int], kernel: Pair, stride: Pair, padding: Pair, relu: bool, planar: bool
+) -> tuple[int, ...]:
+    out = [(n + 2 * p - k) // s + 1 for n, p, k, s in zip(shape[1:3], padding, kernel, stride, strict=True)]
+    return (*shape, *kernel, *stride, *padding, *out, int(relu), int(planar))
 
 
 # cross-entropy

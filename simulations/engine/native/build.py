@@ -22,7 +22,7 @@ from fl_core.runtime.machine import cpu_name
 from simulations.engine.cache import cache_folder
 
 log = logging.getLogger(__name__)
-SOURCES = ("kernels.c", "kernels.h")
+SOURCES = ("kernels.c", "kernels.h", "images.h")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-ftree-vectorize", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 TARGETS = {"x86_64": ("-march=native",), "AMD64": ("-march=native",), "aarch64": ("-mcpu=native",)}

@@ -23,6 +23,7 @@ enum { KIND, IN, OUT, KEPT, D_IN, D_OUT, P0, P1, P2, P3, SIZES };
 #define N(name) name##_f32
 #define SINGLE 1
 #include "kernels.h"
+#include "images.h"
 #undef REAL
 #undef INTEGER
 #undef N
@@ -33,6 +34,7 @@ enum { KIND, IN, OUT, KEPT, D_IN, D_OUT, P0, P1, P2, P3, SIZES };
 #define N(name) name##_f64
 #define SINGLE 0
 #include "kernels.h"
+#include "images.h"
 
 /* Permutations as numpy.random.Generator(PCG64).permutation draws them: O'Neill's PCG XSL-RR 128/64; bounded
  * integers from as many bits as needed of halves of its words, low half first, too large ones drawn again. One generator a

@@ -20,7 +20,7 @@ from simulations.engine import native
 from simulations.engine.program.compiler import Program
 from simulations.engine.program.layers import Conv1d, Linear
 from simulations.engine.program.recurrent import Gru
-from simulations.engine.program.steps import LayerStep, MaxPoolStep, Region, ReluStep, Step
+from simulations.engine.program.steps import FlattenStep, LayerStep, MaxPoolStep, Region, ReluStep, Step
 
 LINEAR, CONV, POOL, RELU, MEAN, LAST, GRU = range(7)  # kinds, as kernels.c numbers them
 FIELDS = 18  # kind, 5 places of values, 4 of parameters, 8 sizes
@@ -106,6 +106,8 @@ class _Writer:
             return self.add(RELU, x, x, [x.size])  # in place: nothing else reads it
         if isinstance(step, MaxPoolStep):
             return self.pool(step, x)
+        if isinstance(step, FlattenStep):
+            return self.flat(x)
         if isinstance(step, Region):
             for node in step.nodes:
                 x = self.node(node, x)
@@ -156,10 +158,6 @@ class _Writer:
             return x
         if isinstance(module, nn.AdaptiveAvgPool1d) and x.turned and module.output_size in (1, (1,)):
             return self.reshaped(self.mean(x), (x.shape[0], 1), turned=True)
-        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
-            return self.flat(x)
-        if name == "flatten" and args in ((1,), (1, -1)):
-            return self.flat(x)
         if name == "transpose" and len(x.shape) == 2 and set(map(int, args)) in ({1, 2}, {-1, -2}):  # type: ignore[arg-type]
             return self.reshaped(x, (x.shape[1], x.shape[0]), turned=not x.turned)
         if name == "mean" and len(x.shape) == 2 and len(args) == 1:

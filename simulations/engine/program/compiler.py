@@ -16,6 +16,7 @@ from simulations.engine.program.slots import Layout
 from simulations.engine.program.steps import (
     Draws,
     DropoutStep,
+    FlattenStep,
     Gradients,
     LayerStep,
     MaxPoolStep,
@@ -140,6 +141,8 @@ class Program:
             return LayerStep(layer, source, node.name, wanted=source in self._live)
         if source not in self._live:
             return None
+        if self._flattens(node):
+            return FlattenStep(source, node.name)
         if share := self._dropout(node):
             return DropoutStep(source, node.name, share, self.draws)
         if self._is_relu(node):
@@ -196,7 +199,13 @@ class Program:
     def _pool(self, node: fx.Node, source: str, *, relu: bool) -> MaxPoolStep:
         found = self._pool_settings(node)
         assert found is not None
-        return MaxPoolStep(source, node.name, *found, relu=relu)
+        return MaxPoolStep(source, node.name, *found, relu=relu, planar=all(self._flattens(u) for u in node.users))
+
+    def _flattens(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+        return node.target in ("flatten", torch.flatten) and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
 
     def _pool_settings(self, node: fx.Node) -> tuple[list[int], list[int], list[int]] | None:
         """(kernel, stride, padding), one number a dimension; None where it is no plain max pooling."""

@@ -44,7 +44,7 @@ class Linear(Layer):
         slot, bias = slots[self.weight], slots[self.bias] if self.bias else None
         self._shape = x.shape
         self._x = x.reshape(clients, -1, x.shape[-1])
-        self._compiled = native.usable(x, slot) and native.small(slot)
+        self._compiled = native.usable(x, slot) and native.takes_linear(slot, self._x.shape[1])
         if self._compiled:
             self._x = self._x.contiguous()
             y = native.linear(self._x, slot, bias)
@@ -168,6 +168,11 @@ class Conv2d(Layer):
         return module.padding_mode == "zeros" and not isinstance(module.padding, str)
 
     def forward(self, x: Tensor, slots: dict[str, Slot], clients: int) -> Tensor:
+        slot, bias = slots[self.weight], slots[self.bias] if self.bias else None
+        self._compiled = native.usable(x, slot) and self._simple()
+        if self._compiled:
+            self._x = x.permute(0, 2, 3, 1).contiguous()
+            return native.image(self._x, slot, bias, *self.settings[:2]).permute(0, 3, 1, 2)
         x = x.contiguous(memory_format=torch.channels_last)
         self._x = x.view(clients, -1, *x.shape[1:])
         kernels = slots[self.weight].value.permute(0, 1, 4, 2, 3)
@@ -180,6 +185,11 @@ class Conv2d(Layer):
     def backward(self, dy: Tensor, slots: dict[str, Slot], clients: int, *, wanted: bool) -> Tensor | None:
         """The weights' gradient as one product with the windows of x: several times faster than oneDNN's own on a CPU."""
         slot = slots[self.weight]
+        if self._compiled:
+            bias, down, x = slots[self.bias] if self.bias else None, dy.permute(0, 2, 3, 1).contiguous(), self._x
+            del self._x
+            found = native.image_backward(x, down, slot, bias, *self.settings[:2], wanted=wanted)
+            return None if found is None else found.permute(0, 3, 1, 2)
         dy = dy.contiguous(memory_format=torch.channels_last).view(clients, -1, *dy.shape[1:])
         windows = self._settings_fit(slot)
         dx, dw = [], []
@@ -200,6 +210,9 @@ class Conv2d(Layer):
         if not wanted:
             return None
         return dx[0] if clients == 1 else torch.cat(dx)
+
+    def _simple(self) -> bool:
+        return self.settings[2] == (1, 1) and int(self.settings[3]) == 1
 
     def _settings_fit(self, slot: Slot) -> bool:
         return int(self.settings[3]) == 1 and slot.value.device.type == "cpu"

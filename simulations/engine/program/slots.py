@@ -103,5 +103,7 @@ class Stack:
             value = self.slots[layout.name].value[:clients]
             if layout.order:
                 value = value.permute(0, *(i + 1 for i in layout.inverse))
+                if clients == 1:  # a matrix is turned in blocks here, what sums it would take it number by number
+                    value = value[0].contiguous().unsqueeze(0)
             found[layout.name] = value.cpu().numpy()
         return found

@@ -99,7 +99,9 @@ class SumStep(Step):
 
 
 class MaxPoolStep(Step):
-    """Over the last one or two dimensions, channels last in memory. relu: of the result, which is cheaper than before."""
+    """Over the last one or two dimensions, channels last in memory. relu: of the result, which is cheaper than before; planar:
+    images leave it as (N, C, H, W) in memory, because what reads them flattens them.
+    """
 
     def __init__(
         self,
@@ -110,8 +112,9 @@ class MaxPoolStep(Step):
         padding: Sequence[int],
         *,
         relu: bool,
+        planar: bool = False,
     ) -> None:
-        self.source, self.target, self.relu = source, target, relu
+        self.source, self.target, self.relu, self.planar = source, target, relu, planar
         self.reads = (source,)
         self._row = len(kernel) == 1
         one = [1] if self._row else []
@@ -121,10 +124,23 @@ class MaxPoolStep(Step):
             [*([0] if self._row else []), *padding],
         )
 
+    @property
+    def _pairs(self) -> list[tuple[int, int]]:
+        return [(a, b) for a, b in self.settings]
+
+    def _image(self, values: Values, x: Tensor) -> None:
+        rows = x.permute(0, 2, 3, 1).contiguous()
+        y, which = native.image_pool(rows, *self._pairs, relu=self.relu, planar=self.planar)
+        self._kept = rows, y, which
+        values[self.target] = y if self.planar else y.permute(0, 3, 1, 2)
+
     def forward(self, values: Values, slots: Slots, clients: int) -> None:
         x = values[self.source]
         kernel, stride, padding = self.settings
-        self._compiled = self._row and native.usable(x)
+        self._compiled = native.usable(x)
+        if self._compiled and not self._row:
+            self._image(values, x)
+            return
         if self._compiled:
             y, which = native.pool(x.transpose(1, 2).contiguous(), kernel[1], stride[1], padding[1], relu=self.relu)
             self._kept = x, y, which
@@ -143,6 +159,11 @@ class MaxPoolStep(Step):
         del self._kept
         if dy is None:
             return
+        if self._compiled and not self._row:
+            down = (dy if self.planar else dy.permute(0, 2, 3, 1)).contiguous()
+            dx = native.image_pool_backward(down, index, x.shape, *self._pairs, planar=self.planar)
+            grads.add(self.source, dx.permute(0, 3, 1, 2))
+            return
         if self._compiled:
             settings = [part[1] for part in self.settings]
             dx = native.pool_backward(dy.transpose(1, 2).contiguous(), y, index, x.shape[2], settings, relu=self.relu)
@@ -155,6 +176,24 @@ class MaxPoolStep(Step):
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = torch.ops.aten.max_pool2d_with_indices_backward(dy, x, kernel, stride, padding, [1, 1], False, index)
         grads.add(self.source, dx.squeeze(2) if self._row else dx)
+
+
+class FlattenStep(Step):
+    """(N, ...) -> (N, all of it)."""
+
+    def __init__(self, source: str, target: str) -> None:
+        self.source, self.target = source, target
+        self.reads = (source,)
+
+    def forward(self, values: Values, slots: Slots, clients: int) -> None:
+        x = values[self.source]
+        self._shape = x.shape
+        values[self.target] = x.flatten(1)
+
+    def backward(self, grads: Gradients, slots: Slots, clients: int) -> None:
+        dy = grads.take(self.target)
+        if dy is not None:
+            grads.add(self.source, dy.reshape(self._shape))
 
 
 class DropoutStep(Step):
