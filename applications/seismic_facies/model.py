@@ -16,6 +16,7 @@ from fl_core.learning.normalization import norm
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+CHANNELS_TOGETHER = {2: torch.channels_last, 3: torch.channels_last_3d}
 UP = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
@@ -54,6 +55,7 @@ class UNet(nn.Module):
 
     def net(self, x: Tensor) -> Tensor:
         kept = []
+        x = x.clone(memory_format=CHANNELS_TOGETHER[self.dims])  # which processors' kernels like best
         for k, down in enumerate(self.down):
             x = down(x if k == 0 else self.pool(x))
             kept.append(x)

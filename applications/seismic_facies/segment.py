@@ -22,27 +22,17 @@ from applications.seismic_facies import APPLICATION, metrics, tiles
 from applications.seismic_facies.config import Config
 from applications.seismic_facies.data import Block, Volumes
 from applications.seismic_facies.pipeline import UNLABELLED, probabilities
-from fl_core.contracts import bundle as bundles
-from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.cli import common_options, emit, output_folder, standalone
 from fl_core.contracts.errors import InputError
 from fl_core.contracts.progress import Progress
+from fl_core.learning.examples import Examples
 from fl_core.learning.sources import data_option, open_data
+from fl_core.learning.trained import Trained, load
 from fl_core.storage import atomic
 
 Array = npt.NDArray[Any]
 AXES = ("inline", "crossline", "sample")
 PICTURES = 3
-
-
-@dataclass(frozen=True)
-class Segmenter:
-    """A model that labels volumes; ``seen``: the clients it was trained on."""
-
-    name: str
-    config: Config
-    predict: tiles.Predict
-    seen: tuple[str, ...]
 
 
 @dataclass
@@ -67,48 +57,29 @@ class Tally:
         return {**metrics.segmentation_scores(self.counts), **metrics.continuity_scores(self.changes)}
 
 
-def load(folder: Path) -> Segmenter:
-    """Raises InputError for a model of another application."""
-    is_bundle = bundles.is_bundle(folder)
-    found: Any = bundles.open_bundle(folder) if is_bundle else checkpoints.load(folder)
-    if found.manifest.application != APPLICATION.name:
-        raise InputError(f"{folder}: is a model of {found.manifest.application}, not of {APPLICATION.name}")
-    config: Config = APPLICATION.configure_from(found.manifest.config, origin=f"{folder}/manifest.json")
-    make = onnx_predictor if is_bundle else torch_predictor
-    return Segmenter(folder.name, config, make(config, found), tuple(found.manifest.clients_seen))
-
-
-def onnx_predictor(config: Config, bundle: Any) -> tiles.Predict:
-    from fl_core.runtime.session import open_session
-
-    session = open_session(bundle)
-    return lambda batch: probabilities(session.run({"amplitude": batch})["logits"])
-
-
-def torch_predictor(config: Config, found: Any) -> tiles.Predict:
-    import torch
-
-    from fl_core.learning.torch_arrays import set_arrays
-
-    model = APPLICATION.build_model(config)
-    set_arrays(model, found.arrays, origin="the checkpoint")
-    model.eval()
+def tile_predictor(model: Trained) -> tiles.Predict:
+    """What a model says of a batch of tiles, as probabilities of the facies."""
 
     def predict(batch: Array) -> Array:
-        with torch.inference_mode():
-            return probabilities(model(torch.from_numpy(batch)).numpy())
+        nothing = np.zeros(len(batch), np.uint8)  # of tiles there is no truth to compare with
+        return probabilities(np.asarray(model.predict(Examples({"amplitude": batch}, nothing))["logits"]))
 
     return predict
 
 
-def segment(model: Segmenter, block: Block, target: Path, tally: Tally, *, overlap: int) -> None:
+def segment(model: Trained, block: Block, target: Path, tally: Tally, *, overlap: int) -> None:
     """Labels of one volume into ``target``, inline by inline; ``tally`` counts where the volume has labels."""
     truth = block.label_volume
     made = np.lib.format.open_memmap(target, mode="w+", dtype=np.uint8, shape=block.amplitude.shape)
     before: tuple[Array, Array] | None = None
     side, classes = model.config.data.crop, len(model.config.data.classes)
     rows = tiles.joined(
-        model.predict, block.amplitude.data, side=side, classes=classes, overlap=overlap, scale=block.amplitude.scale
+        tile_predictor(model),
+        block.amplitude.data,
+        side=side,
+        classes=classes,
+        overlap=overlap,
+        scale=block.amplitude.scale,
     )
     for first, values in rows:
         labels = values.argmax(axis=0).astype(np.uint8)
@@ -136,10 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    models = [load(path) for path in (args.model, args.compare) if path is not None]
-    config: Config = APPLICATION.configure_from(
-        checkpoint_table(models[0]), args.overrides, origin=f"{args.model}/manifest.json"
-    )
+    models = [load(APPLICATION, path) for path in (args.model, args.compare) if path is not None]
+    config: Config = load(APPLICATION, args.model, args.overrides).config  # of the data; the models keep theirs
     output_folder(args.out)
     found = open_data(APPLICATION, config, args.data, seed=args.seed)
     blocks = chosen(cast(Volumes, found.raw), models, unseen=args.unseen, limit=args.limit)
@@ -166,12 +135,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def checkpoint_table(model: Segmenter) -> dict[str, Any]:
-    from fl_core.contracts.config import to_table
-
-    return to_table(model.config)
-
-
 def names(document: dict[str, Any]) -> list[str]:
     """Of the models, by their folders; with the parent's name where two are called alike (``final``)."""
     paths = [Path(document[k]) for k in ("model", "compared") if document[k]]
@@ -180,7 +143,7 @@ def names(document: dict[str, Any]) -> list[str]:
     return [f"{p.resolve().parent.name}/{p.name}" for p in paths]
 
 
-def chosen(raw: Volumes, models: list[Segmenter], *, unseen: bool, limit: int) -> list[Block]:
+def chosen(raw: Volumes, models: list[Trained], *, unseen: bool, limit: int) -> list[Block]:
     seen = {client for model in models for client in model.seen} if unseen else set()
     blocks = [b for b in raw.blocks if b.client not in seen]
     if not blocks:

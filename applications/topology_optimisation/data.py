@@ -26,7 +26,7 @@ VOLUME_SLACK = 0.02
 @dataclass(frozen=True, eq=False)
 class Example:
     """density: (elements...) float32 in [0, 1]; compliance: of the solver's own analysis, 0 where it is not known;
-    seconds: what the solver took."""
+    seconds: of processor that the solver took."""
 
     problem: Problem
     density: npt.NDArray[np.float32]

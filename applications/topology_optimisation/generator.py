@@ -42,8 +42,13 @@ def make(seed: int, client: int, number: int, size: int, iterations: int) -> Exa
     return solved(spec_of(seed, client, number), size, iterations, f"company-{client:04d}", f"{seed}-{number:05d}")
 
 
-def solved(spec: families.Spec, size: int, iterations: int, client: str, number: str) -> Example:
-    """SIMP in ``iterations`` steps with penalisation continued from 1 to 3; fine grids start from the coarser design."""
+def solved(
+    spec: families.Spec, size: int, iterations: int, client: str, number: str, *, coarse: Example | None = None
+) -> Example:
+    """SIMP in ``iterations`` steps with penalisation continued from 1 to 3; fine grids start from the coarser design.
+
+    coarse: that design of the same problem, where it is known already. Its seconds count in those of the finer one.
+    """
     try:
         from applications.topology_optimisation.simp import Settings, optimise
     except ModuleNotFoundError as error:
@@ -53,7 +58,7 @@ def solved(spec: families.Spec, size: int, iterations: int, client: str, number:
     start, first, seconds = None, 1.0, 0.0
     steps = iterations
     if size % 2 == 0 and size > COARSEST_START:
-        coarse = solved(spec, size // 2, iterations, client, number)
+        coarse = coarse or solved(spec, size // 2, iterations, client, number)
         start = coarse.density.astype(np.float64)
         for axis in range(start.ndim):
             start = np.repeat(start, 2, axis=axis)

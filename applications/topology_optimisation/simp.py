@@ -42,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Step:
-    """One iteration: the compliance of the design that entered it, seconds since the start, iterations of the solver."""
+    """One iteration: the compliance of the design that entered it, processor seconds since the start, iterations of the solver."""
 
     compliance: float
     penalty: float
@@ -105,7 +105,7 @@ def optimise(
 ) -> Design:
     """The optimised design; ``on_step(number, step, density)`` returning True ends it early."""
     s = settings or Settings()
-    began = time.perf_counter()
+    began = time.process_time()
     cone = ConeFilter(problem.shape, s.radius)
     analysis = Analysis(problem, minimum=s.minimum, tolerance=s.tolerance)
     x = np.full(problem.shape, problem.volume_fraction) if start is None else start.astype(np.float64)
@@ -123,7 +123,7 @@ def optimise(
         x = found
         density = np.clip(cone.density(x), 0, 1) if physical else x
         iterations = analysis.solution.iterations if analysis.solution else 0
-        steps.append(Step(compliance, penalty, time.perf_counter() - began, iterations))
+        steps.append(Step(compliance, penalty, time.process_time() - began, iterations))
         if on_step and on_step(number, steps[-1], density):
             break
         converged = changed < s.change and penalty >= s.penalty

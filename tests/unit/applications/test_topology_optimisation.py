@@ -18,6 +18,7 @@ from applications.topology_optimisation import (
     APPLICATION,
     augment,
     data,
+    dataset,
     families,
     floor,
     generator,
@@ -27,7 +28,7 @@ from applications.topology_optimisation import (
     problems,
 )
 from applications.topology_optimisation import loss as losses
-from applications.topology_optimisation.model import CosineBlock, cosines, fill
+from applications.topology_optimisation.model import CosineBlock, cosines, fill, node_fields
 from fl_core.contracts.errors import ConfigError, DataError
 from fl_core.learning.torch_arrays import predict
 from tests.helpers import ROOT, eventually
@@ -151,6 +152,33 @@ def test_a_killed_data_set_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(found) == 6
     assert all(found[name] == at for name, at in kept.items())
     assert len(APPLICATION.read(tmp_path / "set").client_ids()) == 2
+
+
+def test_known_coarse_designs_are_not_solved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generator, "COARSEST_START", 8)
+    options = ["--clients", "1", "--problems", "1", "--iterations", "4"]
+    assert dataset.main([str(tmp_path / "coarse"), "--size", "8", *options]) == 0
+    fine = ["--size", "16", "--coarse", str(tmp_path / "coarse"), *options]
+    assert dataset.main([str(tmp_path / "fine"), *fine]) == 0
+    assert dataset.main([str(tmp_path / "alone"), "--size", "16", *options]) == 0
+    (kept,), (alone,), (coarse,) = (APPLICATION.read(tmp_path / d).items for d in ("fine", "alone", "coarse"))
+    np.testing.assert_allclose(kept.density, alone.density, atol=1e-5)
+    assert kept.seconds > coarse.seconds  # what the coarse design took is not forgotten
+    (file,) = (tmp_path / "coarse").iterdir()
+    file.rename(file.with_name("company-0000-1-00000-8.npz"))
+    with pytest.raises(DataError, match="another problem"):
+        dataset.main([str(tmp_path / "other"), "--seed", "1", *fine])
+
+
+def test_node_fields_are_means_over_each_cells_nodes() -> None:
+    rng = np.random.default_rng(0)
+    force, fixed = rng.normal(size=(2, 3, 5, 5, 5)), rng.random((2, 3, 5, 5, 5)) < 0.3
+    size = np.sqrt((force**2).sum(axis=1, keepdims=True))
+    nodes = np.concatenate([force, size, fixed], axis=1)
+    found = node_fields(torch.from_numpy(force), torch.from_numpy(fixed), torch.tensor([0.2, 0.4])).numpy()
+    mean = sum(nodes[:, :, i : i + 4, j : j + 4, k : k + 4] for i, j, k in np.ndindex(2, 2, 2)) / 8
+    np.testing.assert_allclose(found[:, :7], 2 * mean, atol=1e-6)
+    np.testing.assert_allclose(found[:, 7], np.broadcast_to([[[[0.2]]], [[[0.4]]]], (2, 4, 4, 4)), atol=1e-7)
 
 
 def test_density_fills_exactly_the_volume_and_its_gradient_knows() -> None:
