@@ -12,7 +12,7 @@ from torch.nn import functional
 from applications.topology_optimisation.problems import Problem
 
 EPSILON = 1e-6
-LOSS_TOLERANCE, LOSS_LIMIT = 1e-3, 60
+LOSS_TOLERANCE, LOSS_LIMIT = 5e-3, 60  # the error of the compliance is the square
 
 
 class LogCompliance(torch.autograd.Function):
