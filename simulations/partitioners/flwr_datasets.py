@@ -45,14 +45,23 @@ def assign(units: Units, options: Options, rng: np.random.Generator) -> Ids:
         made: Any = kind(**arguments)
         rows = {"label": units.labels, "size": units.sizes, "unit": np.arange(len(units))}
         made.dataset = Dataset.from_dict(rows)
-        parts = [np.array(made.load_partition(i)["unit"], np.int64) for i in range(options.clients)]
+        count = made.num_partitions  # natural ones have as many as there are values
+        parts = [np.array(made.load_partition(i)["unit"], np.int64) for i in range(count)]
     except (TypeError, ValueError) as error:
         raise ConfigError(f"--partition flwr_datasets: {options.partitioner}: {error}") from None
+    if count != options.clients:
+        raise ConfigError(
+            f"--partition flwr_datasets: {options.partitioner} makes {count} clients of these examples, not {options.clients}",
+            remedy=f"clients={count}",
+        )
     owner = np.full(len(units), -1, np.int64)
     for client, part in enumerate(parts):
         owner[part] = client
     if (owner < 0).any() or sum(map(len, parts)) != len(units):
-        raise ConfigError(f"--partition flwr_datasets: {options.partitioner} does not use every example exactly once")
+        raise ConfigError(
+            f"--partition flwr_datasets: {options.partitioner} does not use every example exactly once",
+            remedy="change its settings so that every class belongs to a partition, or take another one",
+        )
     return owner
 
 
