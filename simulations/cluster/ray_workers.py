@@ -1,8 +1,10 @@
 """Workers as Ray actors, one a CPU of the cluster.
 
 The data and the model of an exchange are put into the object store once: Ray brings them to each node once, whatever the
-number of actors there. What comes back for a unit is one partial state. An actor that dies, or whose node dies, loses its
-units; they are handed out again, as with processes. Every node needs fieldfleet installed, at the same version; algorithms
+number of actors there. What a unit leaves is one partial state, which stays in the object store of its node; two of them are
+merged where they lie, and only the last one comes here. An actor that dies loses its units; they are handed out again, as
+with processes. A node that dies takes the states that lie there with it: the clients of that exchange are trained again.
+Every node needs fieldfleet installed, at the same version; algorithms
 with states of clients also need the run folder on a file system that all nodes share.
 """
 
@@ -12,14 +14,18 @@ import logging
 import os
 import pickle
 import uuid
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fl_core.algorithms.base import State
 from fl_core.contracts.errors import EnvironmentFault, InputError
 from fl_core.contracts.offswitches import set_off_switches
 from simulations.engine.placement import Unit
-from simulations.engine.work import Job
-from simulations.engine.workers import Done, Lost, MakeWorker, Workers
+from simulations.engine.summation import Merge
+from simulations.engine.work import SUMS, Job
+from simulations.engine.workers import Done, Lost, MakeWorker, StatesLost, Workers
 
 set_off_switches()
 
@@ -40,14 +46,34 @@ class Actor:
     def begin(self, job: bytes) -> None:
         self._worker.begin(pickle.loads(job))  # noqa: S301 from the driver of this job
 
-    def run(self, unit: Unit) -> bytes:
-        return pickle.dumps(self._worker.run(unit), protocol=pickle.HIGHEST_PROTOCOL)
+    def run(self, unit: Unit) -> tuple[bytes, bytes]:
+        """The result, and apart from it the partial state."""
+        found = self._worker.run(unit)
+        return packed(replace(found, state=None)), b"" if found.state is None else packed(found.state)
 
     def pid(self) -> int:
         return os.getpid()
 
     def sees(self, file: str) -> bool:
         return os.path.exists(file)
+
+
+class Held:
+    """A partial state in the object store of some node."""
+
+    def __init__(self, reference: Any) -> None:
+        self.reference = reference
+
+
+def packed(value: Any) -> bytes:
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+def merged(merge: Merge, left: bytes, right: bytes) -> bytes:
+    """Runs on the node that has most of the two."""
+    state = pickle.loads(left)  # noqa: S301 from an actor of this job
+    merge(state, pickle.loads(right))  # noqa: S301 from an actor of this job
+    return packed(state)
 
 
 class RayWorkers(Workers):
@@ -67,10 +93,12 @@ class RayWorkers(Workers):
             raise EnvironmentFault(f"--cluster {address}: it has no CPU for a worker")
         self._kind = ray.remote(num_cpus=1 if self.count <= cpus else cpus / self.count, max_restarts=0)(Actor)
         self._make = ray.put(make)
+        self._merged = ray.remote(num_cpus=0)(merged)
         self._job: Any = None
+        self._sums = False
         self._losses = 0
         self._actors = [self._start() for _ in range(self.count)]
-        self._pending: dict[Any, int] = {}
+        self._pending: dict[Any, tuple[int, Any]] = {}  # result -> its worker and its state
         if shared is not None:
             self._check_shared(shared)
 
@@ -101,12 +129,13 @@ class RayWorkers(Workers):
         return actor
 
     def broadcast(self, job: Job) -> None:
-        self._job = self._ray.put(pickle.dumps(job, protocol=pickle.HIGHEST_PROTOCOL))
+        self._job, self._sums = self._ray.put(packed(job)), job.kind == SUMS
         for actor in self._actors:
             actor.begin.remote(self._job)
 
     def submit(self, worker: int, unit: Unit) -> None:
-        self._pending[self._actors[worker].run.remote(unit)] = worker
+        result, state = self._actors[worker].run.options(num_returns=2).remote(unit)
+        self._pending[result] = worker, state
 
     def events(self, timeout: float) -> list[Done | Lost]:
         if not self._pending:
@@ -114,11 +143,13 @@ class RayWorkers(Workers):
         ready, _ = self._ray.wait(list(self._pending), num_returns=1, timeout=timeout)
         found: list[Done | Lost] = []
         for reference in ready:
-            worker = self._pending.pop(reference, None)
+            worker, state = self._pending.pop(reference, (None, None))
             if worker is None:  # of a worker that was replaced meanwhile
                 continue
             try:
                 result = pickle.loads(self._ray.get(reference))  # noqa: S301 from our own actor
+                if self._sums:
+                    result.state = Held(state)
             except self._ray.exceptions.RayActorError as error:
                 found.append(self._replace(worker, error))
                 continue
@@ -128,13 +159,31 @@ class RayWorkers(Workers):
             found.append(Done(worker, result))
         return found
 
+    def merging(self, merge: Merge) -> Callable[[Any, Any], Held]:
+        kept = self._ray.put(merge)
+        return lambda left, right: Held(self._merged.remote(kept, self._place(left), self._place(right)))
+
+    def _place(self, state: Any) -> Any:
+        """Of a state that was made here, one that it is put to."""
+        return state.reference if isinstance(state, Held) else self._ray.put(packed(state))
+
+    def collected(self, state: Any) -> State:
+        if not isinstance(state, Held):
+            found: State = state
+            return found
+        try:
+            found = pickle.loads(self._ray.get(state.reference))  # noqa: S301 from an actor of this job
+        except self._ray.exceptions.RayError as error:
+            raise StatesLost(f"partial states are lost: {str(error)[:300]}") from None
+        return found
+
     def _replace(self, worker: int, error: Exception) -> Lost:
         self._losses += 1
         if self._losses > MAX_LOSSES:
             raise EnvironmentFault(
                 f"workers on the cluster die again and again: {str(error)[:300]}", remedy="is there enough memory?"
             )
-        self._pending = {reference: w for reference, w in self._pending.items() if w != worker}
+        self._pending = {r: pending for r, pending in self._pending.items() if pending[0] != worker}
         self._actors[worker] = self._start()
         return Lost(worker, "its process or node on the cluster died")
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from fl_core.algorithms.base import State
-from fl_core.contracts.errors import Interrupted
+from fl_core.contracts.errors import EnvironmentFault, Interrupted
 from fl_core.flower.messages import Request
 from simulations.engine.placement import UNITS_PER_WORKER, TimeModel, Unit, blocks, cut
 from simulations.engine.population import Population
-from simulations.engine.summation import SumTree
+from simulations.engine.summation import Merge, SumTree
 from simulations.engine.work import SUMS, Facts, Job, UnitResult
-from simulations.engine.workers import Lost, Workers
+from simulations.engine.workers import Lost, StatesLost, Workers
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 AHEAD = 2  # units that a worker has at a time: the next one is there before it asks
 MAX_TRIES = 3
@@ -23,7 +26,7 @@ MAX_TRIES = 3
 class Conductor:
     """Hands out units and takes results, over any Workers. block: clients in each leaf of the summation tree.
 
-    on_clients(n): called as clients are done.
+    on_clients(n): called as clients are done; with a negative number when they are to be done again.
     """
 
     def __init__(
@@ -46,19 +49,29 @@ class Conductor:
         self,
         request: Request,
         clients: Sequence[int],
-        merge: Callable[[State, State], None],
+        merge: Merge,
         stop: threading.Event | None = None,
     ) -> tuple[State | None, Facts]:
-        """The partial state of all these clients (in sorted order) and the facts of each."""
+        """The partial state of all these clients (in sorted order) and the facts of each. Where partial states are lost with
+        a node, all are trained again: nothing of them was counted. Raises EnvironmentFault when that goes on.
+        """
         leaves = blocks(clients, self.block)
-        tree, facts = SumTree(len(leaves), merge), Facts()
-        for result in self.results(SUMS, request, leaves, stop):
-            nothing = State(round=request.round, reference={})
-            tree.put(result.unit.level, result.unit.index, result.state or nothing)
-            facts.extend(result.facts)
-            for timing in result.timings:
-                self.times.learn(*timing)
-        return tree.root, facts
+        for _ in range(MAX_TRIES):
+            tree: SumTree[Any] = SumTree(len(leaves), self.workers.merging(merge))
+            facts = Facts()
+            for result in self.results(SUMS, request, leaves, stop):
+                state = State(round=request.round, reference={}) if result.state is None else result.state
+                tree.put(result.unit.level, result.unit.index, state)
+                facts.extend(result.facts)
+                for timing in result.timings:
+                    self.times.learn(*timing)
+            try:
+                return None if tree.root is None else self.workers.collected(tree.root), facts
+            except StatesLost as error:
+                log.warning("round %d is trained again: %s", request.round, error)
+                if self._on_clients is not None:
+                    self._on_clients(-len(clients))
+        raise EnvironmentFault(f"round {request.round}: nodes of the cluster were lost {MAX_TRIES} times")
 
     def results(
         self, kind: str, request: Request, leaves: Sequence[tuple[int, ...]], stop: threading.Event | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Error, Message, MessageType
 
@@ -14,10 +14,10 @@ from fl_server.cohort import CohortGrid, CohortResult
 from simulations.engine.conductor import Conductor
 from simulations.engine.placement import blocks
 from simulations.engine.population import Names
+from simulations.engine.summation import Merge
 from simulations.engine.work import EVALUATION, REPLIES, Facts
 from simulations.grid import FIRST_NODE, LocalGrid
 
-Merge = Callable[[State, State], None]
 BATCH = 4  # messages a worker that are answered together: so many whole replies are in memory at a time
 
 

@@ -8,21 +8,31 @@ a node adds them, left to right. A worker sends the largest nodes it could compl
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from fl_core.algorithms.base import State
 
-Merge = Callable[[State, State], None]
+T = TypeVar("T")
+Merge = Callable[[State, State], None]  # an aggregator's: counts in the first what the second has counted
 
 
-class SumTree:
-    """``put`` nodes in any order; ``root`` is there when all leaves are. merge(a, b) counts in a what b has counted."""
+def in_place(merge: Merge) -> Callable[[State, State], State]:
+    def merged(left: State, right: State) -> State:
+        merge(left, right)
+        return left
 
-    def __init__(self, leaves: int, merge: Merge) -> None:
+    return merged
+
+
+class SumTree(Generic[T]):
+    """``put`` nodes in any order; ``root`` is there when all leaves are. merge(left, right): the state of both."""
+
+    def __init__(self, leaves: int, merge: Callable[[T, T], T]) -> None:
         self._leaves, self._merge = leaves, merge
-        self._waiting: dict[tuple[int, int], State] = {}
-        self.root: State | None = None
+        self._waiting: dict[tuple[int, int], T] = {}
+        self.root: T | None = None
 
-    def put(self, level: int, index: int, state: State) -> None:
+    def put(self, level: int, index: int, state: T) -> None:
         """The sum of the leaves from ``index << level`` on, as many as ``1 << level`` (fewer at the end)."""
         while (count := width(self._leaves, level)) > 1:
             sibling = index ^ 1
@@ -32,8 +42,7 @@ class SumTree:
                     self._waiting[level, index] = state
                     return
                 left, right = (state, other) if index < sibling else (other, state)
-                self._merge(left, right)
-                state = left
+                state = self._merge(left, right)
             level, index = level + 1, index >> 1
         self.root = state
 

@@ -23,7 +23,7 @@ from fl_server.screening import screen_update
 from simulations.engine.paths import Path, Results, Task
 from simulations.engine.placement import Unit
 from simulations.engine.population import Population
-from simulations.engine.summation import SumTree
+from simulations.engine.summation import SumTree, in_place
 
 CACHE_BYTES = 128 << 20  # of clients' examples that a worker keeps from round to round
 SUMS, REPLIES, EVALUATION = "sums", "replies", "evaluation"
@@ -61,12 +61,12 @@ class Facts:
 
 @dataclass
 class UnitResult:
-    """state: with SUMS; replies: client -> whole reply, with REPLIES; timings: (clients, examples, seconds) of each leaf."""
+    """state: with SUMS, itself or what stands for it where it stays on the worker's node; replies: client -> whole reply, with REPLIES; timings: (clients, examples, seconds) of each leaf."""
 
     job: int
     unit: Unit
     facts: Facts = field(default_factory=Facts)
-    state: State | None = None
+    state: Any = None
     replies: dict[int, Reply] = field(default_factory=dict)
     timings: list[tuple[int, int, float]] = field(default_factory=list)
 
@@ -106,7 +106,7 @@ class ClientWorker:
     def _sums(self, job: Job, unit: Unit) -> UnitResult:
         aggregator = self.learner.algorithm.aggregator
         result = UnitResult(job.number, unit)
-        tree = SumTree(len(unit.leaves), aggregator.merge)
+        tree = SumTree(len(unit.leaves), in_place(aggregator.merge))
         for number, leaf in enumerate(unit.leaves):
             began, counted = time.perf_counter(), len(result.facts.clients)
             state = aggregator.begin(job.request.round, self._shared(job.request))

@@ -12,9 +12,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from fl_core.algorithms.base import State
 from simulations.engine.placement import Unit
+from simulations.engine.summation import Merge, in_place
 from simulations.engine.work import ClientWorker, Job, UnitResult
 
 MakeWorker = Callable[[], ClientWorker]
@@ -36,6 +38,10 @@ class Lost:
     reason: str
 
 
+class StatesLost(Exception):
+    """Partial states that stayed with workers are gone with their node."""
+
+
 class Workers(ABC):
     """``count`` workers, numbered from 0."""
 
@@ -54,6 +60,15 @@ class Workers(ABC):
         """What happened; waits up to ``timeout`` seconds for the first event. Raises EnvironmentFault when workers
         cannot be replaced any more.
         """
+
+    def merging(self, merge: Merge) -> Callable[[Any, Any], Any]:
+        """How two units' states become one. Where states stay on the workers' nodes, so does the work."""
+        return in_place(merge)
+
+    def collected(self, state: Any) -> State:
+        """The state that the results' merged states stand for. Raises StatesLost."""
+        found: State = state
+        return found
 
     @abstractmethod
     def close(self) -> None:

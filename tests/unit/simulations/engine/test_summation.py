@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fl_core.algorithms.base import MeanAggregator, State, Update
 from simulations.engine.placement import TimeModel, blocks, cut
-from simulations.engine.summation import SumTree
+from simulations.engine.summation import SumTree, in_place
 
 AGGREGATOR = MeanAggregator()
 
@@ -40,9 +40,9 @@ def test_sums_have_the_same_bits_in_any_order_of_arrival(
     units = cut(leaves, seconds[: len(values)], workers)
     assert sorted(c for unit in units for leaf in unit.leaves for c in leaf) == list(range(len(values)))
     order.shuffle(units)  # type: ignore[attr-defined]
-    whole = SumTree(len(leaves), AGGREGATOR.merge)
+    whole = SumTree(len(leaves), in_place(AGGREGATOR.merge))
     for unit in units:
-        part = SumTree(len(unit.leaves), AGGREGATOR.merge)
+        part = SumTree(len(unit.leaves), in_place(AGGREGATOR.merge))
         for i in reversed(range(len(unit.leaves))):
             part.put(0, i, leaf_state(values[unit.leaves[i][0]]))
         assert part.root is not None

@@ -27,7 +27,7 @@ from simulations.engine.paths.sequential import SequentialPath
 from simulations.engine.population import ExamplesPopulation
 from simulations.engine.processes import ProcessWorkers
 from simulations.engine.work import ClientWorker
-from simulations.engine.workers import Done, InlineWorkers, Lost, Workers
+from simulations.engine.workers import Done, InlineWorkers, Lost, StatesLost, Workers
 from simulations.grid import InProcessGrid
 from simulations.simulate import simulate
 from tests.helpers import small_config
@@ -84,6 +84,30 @@ def test_any_number_of_workers_gives_the_same_bits() -> None:
             found, found_facts = setup.sums(workers)
         same(found, expected)
         assert found_facts == facts
+
+
+class Forgetful(InlineWorkers):
+    """Partial states stay with these workers, and are lost the first ``times``."""
+
+    def __init__(self, make: Any, times: int) -> None:
+        super().__init__(make)
+        self.left = times
+
+    def collected(self, state: Any) -> State:
+        self.left -= 1
+        if self.left >= 0:
+            raise StatesLost("the node is gone")
+        return super().collected(state)
+
+
+def test_states_lost_with_a_node_cost_a_second_try_and_nobody_counts_twice() -> None:
+    setup = Setup()
+    expected, facts = setup.sums(InlineWorkers(setup.make))
+    found, again = setup.sums(Forgetful(setup.make, 1))
+    same(found, expected)
+    assert again == facts
+    with pytest.raises(EnvironmentFault, match=f"nodes of the cluster were lost {MAX_TRIES} times"):
+        setup.sums(Forgetful(setup.make, MAX_TRIES))
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedmedian", "fedadam"])
