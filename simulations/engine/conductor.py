@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import deque
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 AHEAD = 2  # units that a worker has at a time: the next one is there before it asks
 MAX_TRIES = 3
+LEAVES = 1024  # whose numbers of examples are remembered
 
 
 class Conductor:
@@ -44,6 +46,8 @@ class Conductor:
         self.lost = 0
         self._on_clients = on_clients
         self._number = 0
+        # Where the same clients take part in every round, so do the same leaves.
+        self._examples = functools.lru_cache(LEAVES)(lambda leaf: sum(map(population.size, leaf)))
 
     def sums(
         self,
@@ -137,7 +141,7 @@ class Conductor:
             yield UnitResult(self._number, unit, Facts(refused=refused))
 
     def _predicted(self, leaf: tuple[int, ...]) -> float:
-        return self.times.predict(len(leaf), sum(self.population.size(client) for client in leaf))
+        return self.times.predict(len(leaf), self._examples(leaf))
 
 
 def _key(unit: Unit) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ POOL = 4
 INIT_A, MULT_A, INIT_B, MULT_B = 0x43B0D7E5, 0x931E8875, 0x8B51F9DD, 0x58F38DED
 MIX_LEFT, MIX_RIGHT, SHIFT = np.uint32(0xCA01F9DD), np.uint32(0x4973F715), np.uint32(16)
 PCG_MULTIPLIER = 0x2360ED051FC65DA44385DF649FCCF645
+
+PLAIN = re.compile(r"[A-Za-z0-9 _./:-]*")  # names that JSON writes as they are
 
 
 def permutations(keys: Sequence[int], count: int) -> npt.NDArray[np.int64]:
@@ -85,7 +88,6 @@ def _seeds(keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 def order_keys(seed: int, round: int, names: Sequence[str], epoch: int) -> list[int]:
     """``seeding.key(seed, "order", round, name, epoch)`` of each name."""
     head, tail = f'[{seed}, "order", {round}, ', f", {epoch}]"
-    sha = hashlib.sha256
-    return [
-        int.from_bytes(sha(f"{head}{json.dumps(name)}{tail}".encode()).digest()[:8], "little") >> 1 for name in names
-    ]
+    sha, plain = hashlib.sha256, PLAIN.fullmatch
+    quoted = (f'"{name}"' if plain(name) else json.dumps(name) for name in names)
+    return [int.from_bytes(sha(f"{head}{name}{tail}".encode()).digest()[:8], "little") >> 1 for name in quoted]

@@ -35,20 +35,26 @@ class TimeModel:
     KEEP = 0.98
 
     def __init__(self) -> None:
-        self._normal = np.zeros((2, 2))
-        self._right = np.zeros(2)
-        self._rates = np.array([1e-4, 1e-4])  # any ratio orders clients by size until something was measured
+        self._sums = [0.0] * 5  # of clients^2, clients * examples, examples^2, clients * seconds, examples * seconds
+        self._rates: tuple[float, float] | None = (1e-4, 1e-4)  # orders clients by size until something was measured
 
     def predict(self, clients: int, examples: int) -> float:
-        return float(self._rates @ (clients, examples))
+        if self._rates is None:
+            self._rates = self._solved()
+        return self._rates[0] * clients + self._rates[1] * examples
 
     def learn(self, clients: int, examples: int, seconds: float) -> None:
-        x = np.array([clients, examples], np.float64)
-        self._normal = self.KEEP * self._normal + np.outer(x, x)
-        self._right = self.KEEP * self._right + x * seconds
-        ridge = 1e-6 * np.trace(self._normal) * np.eye(2)
-        found = np.linalg.solve(self._normal + ridge, self._right)
-        self._rates = np.maximum(found, 1e-9)
+        new = (clients * clients, clients * examples, examples * examples, clients * seconds, examples * seconds)
+        self._sums = [self.KEEP * old + value for old, value in zip(self._sums, new, strict=True)]
+        self._rates = None
+
+    def _solved(self) -> tuple[float, float]:
+        """The normal equations with a little ridge, by Cramer's rule."""
+        a, b, c, p, q = self._sums
+        ridge = 1e-6 * (a + c)
+        a, c = a + ridge, c + ridge
+        determinant = a * c - b * b
+        return max((c * p - b * q) / determinant, 1e-9), max((a * q - b * p) / determinant, 1e-9)
 
 
 def cut(

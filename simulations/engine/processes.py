@@ -20,6 +20,7 @@ from simulations.engine.workers import Done, Lost, MakeWorker, Workers
 
 MAX_LOSSES = 8  # workers lost one after the other, without a single unit done between
 CLOSE_SECONDS = 5.0
+YOUNG = 20_000  # new objects before a worker looks for cycles: the facts of a unit's clients are none
 
 
 def usable_cores() -> int:
@@ -151,6 +152,8 @@ def serve(end: Connection, make: MakeWorker, inherited: Sequence[Connection]) ->
     torch.set_num_threads(1)
     try:
         worker = make()
+        gc.freeze()
+        gc.set_threshold(YOUNG, 10, 10)
         while True:
             content: Any = pickle.loads(end.recv_bytes())  # noqa: S301 from the process that started this one
             if isinstance(content, Job):
