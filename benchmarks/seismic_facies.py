@@ -1,6 +1,6 @@
 """seismic_facies on whole volumes of surveys never trained on: the 3-D net, its 2-D twin, the floors, and the goals.
 
-    python -m benchmarks.seismic_facies [--data DIR] [--seeds 3] [--quick]
+    python -m benchmarks.seismic_facies [--data DIR] [--seeds 3] [--epochs N] [--quick]
 
 Both nets are trained by ``fieldfleet pretrain`` on the same data and judged by ``applications.seismic_facies.segment``, which also draws
 them side by side: runs/benchmarks/seismic_facies/seed-N/volumes/report.html. A repeated call resumes. Goals, on the mean of the
@@ -32,9 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seismic_facies")
     parser.add_argument("--data", default="generated", metavar="DIR", help="labelled volumes (default: generated)")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=0, help="of both nets (default: as their presets say)")
     parser.add_argument("--quick", action="store_true", help="one seed, small volumes, two epochs, no floor")
     args = parser.parse_args(arguments)
-    seeds = [measured(args.data, seed, quick=args.quick) for seed in range(1 if args.quick else args.seeds)]
+    seeds = [
+        measured(args.data, seed, args.epochs, quick=args.quick) for seed in range(1 if args.quick else args.seeds)
+    ]
     print(
         f"{APP} on {args.data}, whole volumes of unseen surveys, {len(seeds)} seeds; mean ± half of the 95 % interval"
     )
@@ -44,15 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if args.quick else verdict(seeds)
 
 
-def measured(data: str, seed: int, *, quick: bool) -> Rows:
+def measured(data: str, seed: int, epochs: int, *, quick: bool) -> Rows:
     """Trained, segmented and scored once; ``rows.json`` keeps the result."""
-    folder = RESULTS / ("quick" if quick else Path(data).name) / f"seed-{seed}"
+    kind = "quick" if quick else Path(data).name + (f"-{epochs}-epochs" if epochs else "")
+    folder = RESULTS / kind / f"seed-{seed}"
     done = folder / "rows.json"
     if done.is_file():
         found: Rows = json.loads(done.read_text())
         return found
     common = ["--data", data, "--seed", str(seed)]
-    small = [f"--set=data.{s}" for s in SMALL] + ["--set=pretrain.epochs=2"] if quick else []
+    small = [f"--set=data.{s}" for s in SMALL] if quick else []
+    if epochs or quick:
+        small.append(f"--set=pretrain.epochs={epochs or 2}")
     for row, preset in NETS.items():
         call("pretrain", APP, "--preset", preset, "--out", str(folder / row.replace(" ", "-")), *common, *small)
     scores = segmented(folder, common)

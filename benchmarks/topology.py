@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--epochs",
         type=int,
         nargs=3,
-        default=(60, 40, 6),
+        default=(40, 40, 5),
         metavar=("COARSE", "FINE", "COMPLIANCE"),
         help="0 = leave out",
     )
@@ -96,8 +96,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         make(data, plan)
     found = {name: read(data / name, s.side) for name, s in plan.sets.items() if s.side in plan.sides}
     for name, examples in found.items():
-        cost = float(examples.columns["solver_seconds"].sum())
-        print(f"{name:8} {len(examples):4} designs of {plan.sets[name].side}^3, {cost:.0f} s of solving")
+        cost = examples.columns["solver_seconds"]
+        known = f"{cost.sum():.0f} s of solving for {np.count_nonzero(cost)} of them"
+        print(f"{name:8} {len(examples):4} designs of {plan.sets[name].side}^3, {known}")
     cells: list[Cell] = []
     for architecture in args.architectures:
         for optimizer in args.optimizers:

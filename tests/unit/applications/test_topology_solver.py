@@ -200,7 +200,12 @@ def test_optimality_criteria_keep_volume_bounds_and_moves() -> None:
 @pytest.mark.parametrize(
     ("radius", "kind", "published", "limit"),
     [
-        (2.4, "sensitivity", 216.81, 200),  # both from Andreassen et al. 2011, 60 x 20 elements
+        (
+            2.4,
+            "sensitivity",
+            216.81,
+            200,
+        ),  # Andreassen et al. 2011, 60 x 20 elements; the other one noted from their code
         pytest.param(2.4, "density", 233.71, 400, marks=pytest.mark.slow),
     ],
 )
