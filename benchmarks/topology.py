@@ -228,6 +228,7 @@ def timed_simp(problem: Any, config: Any, target: float, iterations: int) -> tup
 def report(cells: list[Cell], floors: Any, speeds: Any, found: dict[str, Examples], plan: Plan, out: Path) -> None:
     """report.html: the table, the speeds, slices and structures of three unseen problems of each grid."""
     from applications.topology_optimisation import pictures
+    from applications.topology_optimisation.pictures import Column
 
     page = Page("Topology optimisation", "Networks against SIMP on problems that training never saw")
     rows = [
@@ -259,12 +260,17 @@ def report(cells: list[Cell], floors: Any, speeds: Any, found: dict[str, Example
             name = str(test.columns["example_id"][i])
             error = metrics.compliance_error(density[i].astype(np.float64), test, i)
             load = np.sqrt((test.inputs["force"][i] ** 2).sum(axis=0))
+            held = test.inputs["fixed"][i].any(axis=0)
             columns = {
-                "input: strain energy (log)": (test.inputs["response"][i][0], "magma", -2.0, 2.0),
-                "input: load": (load, "Reds", 0.0, 1.0),
-                "SIMP": (truth[i], "Greys", 0.0, 1.0),
-                "network": (density[i], "Greys", 0.0, 1.0),
-                "network - SIMP": (density[i] - truth[i], "RdBu", -1.0, 1.0),
+                "strain energy, solid (log)": Column(
+                    field=test.inputs["response"][i][0], colours="magma", least=-2.0, most=2.0
+                ),
+                "loads (+), supports (-)": Column(
+                    field=load - held, colours="RdBu_r", least=-1.0, most=1.0, through=True
+                ),
+                "SIMP": Column(field=truth[i], colours="Greys", least=0.0, most=1.0),
+                "network": Column(field=density[i], colours="Greys", least=0.0, most=1.0),
+                "network - SIMP": Column(field=density[i] - truth[i], colours="RdBu", least=-1.0, most=1.0),
             }
             caption = f"{name}: compliance error {error:+.3f}"
             page.picture(pictures.structures({"SIMP": truth[i], "network": density[i]}, caption), caption)

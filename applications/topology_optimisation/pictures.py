@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,15 +18,31 @@ LIGHT = np.array([0.35, -0.75, 0.56])
 COLOUR = np.array([0.22, 0.50, 0.72])
 
 
-def slices(columns: dict[str, tuple[Field, str, float, float]], title: str) -> bytes:
-    """name -> (field (n, n, n), colour map, least, most): one column each, rows the middle planes across x, y and z."""
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """field: (n, n, n); through: not the middle plane but, of all along the axis, what is farthest from 0."""
+
+    field: Field
+    colours: str
+    least: float
+    most: float
+    through: bool = False
+
+    def plane(self, axis: int) -> Field:
+        if not self.through:
+            return np.take(self.field, self.field.shape[axis] // 2, axis)
+        high, low = self.field.max(axis=axis), self.field.min(axis=axis)
+        return np.where(high >= -low, high, low)
+
+
+def slices(columns: dict[str, Column], title: str) -> bytes:
+    """One column each; rows are the planes across x, y and z."""
     figure = Figure(figsize=(2.3 * len(columns), 6.6), dpi=110, layout="constrained")
     axes = figure.subplots(3, len(columns), squeeze=False)
-    for column, (name, (field, colours, least, most)) in enumerate(columns.items()):
+    for column, (name, one) in enumerate(columns.items()):
         for row, (axis, label) in enumerate((("x", "y, z"), ("y", "x, z"), ("z", "x, y"))):
-            plane = np.take(field, field.shape[row] // 2, row)
             place = axes[row, column]
-            shown = place.imshow(plane.T, origin="lower", cmap=colours, vmin=least, vmax=most)
+            shown = place.imshow(one.plane(row).T, origin="lower", cmap=one.colours, vmin=one.least, vmax=one.most)
             place.set_xticks([])
             place.set_yticks([])
             if column == 0:
