@@ -40,6 +40,7 @@ class DataConfig:
     clients: int = number(8, low=1, high=100_000, help="companies that the generator makes")
     problems_per_client: int = number(6, low=1, high=100_000, help="problems of a generated company")
     iterations: int = number(40, low=1, high=1000, help="of SIMP, for each generated design")
+    in_memory_mb: int = number(2048, low=0, help="larger data sets are memory-mapped, and read when a batch needs them")
     response: str = choice(
         "coarse", "none", "coarse", "full", help="grid on which the solid box is analysed for the model's input"
     )

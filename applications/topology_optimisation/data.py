@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from applications.topology_optimisation import pipeline
 from applications.topology_optimisation.problems import Problem, checked, first_cell
+from applications.topology_optimisation.shards import gathered
 from fl_core.contracts.errors import DataError, InputError
 from fl_core.contracts.names import checked_name
 from fl_core.learning.examples import Examples
@@ -35,6 +36,13 @@ class Example:
     client: str
     name: str
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.problem.shape
+
+    def load(self) -> Example:
+        return self
+
     def to_bytes(self) -> bytes:
         out = io.BytesIO()
         np.savez_compressed(
@@ -52,10 +60,22 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """A solved problem that was checked and stays in its file until it is used."""
+
+    file: Path
+    shape: tuple[int, ...]
+    client: str
+
+    def load(self) -> Example:
+        return read_one(self.file)
+
+
+@dataclass(frozen=True)
 class Designs:
     """A data set of solved problems on grids of one size or of several."""
 
-    items: tuple[Example, ...]
+    items: tuple[Example | Stored, ...]
 
     def client_ids(self) -> tuple[str, ...]:
         return tuple(sorted({e.client for e in self.items}))
@@ -66,32 +86,52 @@ class Designs:
 
     def write(self, folder: Path) -> None:
         with atomic.new_folder(folder) as temporary:
-            for item in self.items:
+            for item in (i.load() for i in self.items):
                 (temporary / f"{item.name}.npz").write_bytes(item.to_bytes())
 
     def examples(self, config: Any) -> Examples:
-        """The problems whose grid is a cube of data.size; raises DataError where there is none of that size."""
+        """The problems whose grid is a cube of data.size; raises DataError where there is none of that size.
+
+        In memory up to ``data.in_memory_mb``; else ``Windows`` over memory-mapped files, read when they are used.
+        """
         wanted = (config.data.size,) * 3
-        items = [e for e in self.items if e.problem.shape == wanted]
+        items = [e for e in self.items if e.shape == wanted]
         if not items:
-            sizes = sorted({e.problem.shape for e in self.items})
+            sizes = sorted({e.shape for e in self.items})
             raise DataError(
                 f"no problem on a grid of {list(wanted)}; there are {[list(s) for s in sizes]}",
                 remedy="--set data.size=N",
             )
-        inputs = pipeline.prepared([e.problem for e in items], config)
-        targets = np.stack([e.density for e in items])
-        if config.model.compliance_weight > 0:
-            targets = pipeline.packed_targets(targets, inputs)
-        names = np.array([e.name for e in items])
+        facts: list[tuple[str, str, float, float]] = []
+
+        def rows() -> Iterator[dict[str, npt.NDArray[Any]]]:
+            for item in items:
+                one = item.load()
+                compliance = one.compliance / pipeline.load_scale(one.problem) ** 2
+                facts.append((one.name, one.client, compliance, one.seconds))
+                yield _row(one, config)
+
+        inputs = gathered(rows(), len(items), config.data.in_memory_mb * 2**20)
+        targets = inputs.pop("targets")
+        names, clients, compliance, seconds = (np.array(column) for column in zip(*facts, strict=True))
         columns = {
             "example_id": names,
-            "client": np.array([e.client for e in items]),
+            "client": clients,
             "group": names,
-            "compliance": np.array([e.compliance / pipeline.load_scale(e.problem) ** 2 for e in items]),
-            "solver_seconds": np.array([e.seconds for e in items]),
+            "compliance": compliance,
+            "solver_seconds": seconds,
         }
+        inputs["volume_fraction"] = np.asarray(inputs["volume_fraction"])
         return Examples(inputs, targets, columns)
+
+
+def _row(example: Example, config: Any) -> dict[str, npt.NDArray[Any]]:
+    """The model's inputs of one problem, and ``targets``: what the loss compares with."""
+    inputs = pipeline.prepared([example.problem], config)
+    targets = example.density[None]
+    if config.model.compliance_weight > 0:
+        targets = pipeline.packed_targets(targets, inputs)
+    return {name: array[0] for name, array in inputs.items()} | {"targets": targets[0]}
 
 
 def read(path: Path) -> Designs:
@@ -99,7 +139,12 @@ def read(path: Path) -> Designs:
     files = sorted(p for p in path.glob("*.npz") if not p.name.startswith("."))
     if not files:
         raise DataError(f"{path}: holds no .npz file", remedy="each solved problem is one NAME.npz")
-    return Designs(tuple(read_one(file) for file in files))
+    return Designs(tuple(_checked(file) for file in files))
+
+
+def _checked(file: Path) -> Stored:
+    found = read_one(file)
+    return Stored(file, found.shape, found.client)
 
 
 def read_one(file: Path) -> Example:

@@ -29,10 +29,11 @@ class Column:
     through: bool = False
 
     def plane(self, axis: int) -> Field:
-        if not self.through:
-            return np.take(self.field, self.field.shape[axis] // 2, axis)
-        high, low = self.field.max(axis=axis), self.field.min(axis=axis)
-        return np.where(high >= -low, high, low)
+        made: Field = np.take(self.field, self.field.shape[axis] // 2, axis)
+        if self.through:
+            high, low = self.field.max(axis=axis), self.field.min(axis=axis)
+            made = np.where(high >= -low, high, low)
+        return made
 
 
 def slices(columns: dict[str, Column], title: str) -> bytes:

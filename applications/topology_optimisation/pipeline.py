@@ -152,4 +152,5 @@ def packed_targets(densities: Field, inputs: dict[str, Field]) -> Field:
 
 def target_density(targets: Field) -> Field:
     """(N, elements...) of either form of targets."""
+    targets = np.asarray(targets)  # they may lie on disk
     return targets[:, 0, :-1, :-1, :-1] if targets.ndim == 5 else targets

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ from applications.topology_optimisation import (
 )
 from applications.topology_optimisation import loss as losses
 from applications.topology_optimisation.model import CosineBlock, cosines, fill, node_fields
-from fl_core.contracts.errors import ConfigError, DataError
+from fl_core.contracts.errors import ConfigError, DataError, EnvironmentFault
 from fl_core.learning.torch_arrays import predict
+from fl_core.learning.windows import Windows
+from hpc_trainer.processes import join
+from hpc_trainer.trainer import Trainer, TrainingData
 from tests.helpers import ROOT, eventually
 
 SMALL = ["data.size=8", "data.clients=2", "data.problems_per_client=2", "data.iterations=4"]
@@ -161,13 +165,51 @@ def test_known_coarse_designs_are_not_solved_again(tmp_path: Path, monkeypatch: 
     fine = ["--size", "16", "--coarse", str(tmp_path / "coarse"), *options]
     assert dataset.main([str(tmp_path / "fine"), *fine]) == 0
     assert dataset.main([str(tmp_path / "alone"), "--size", "16", *options]) == 0
-    (kept,), (alone,), (coarse,) = (APPLICATION.read(tmp_path / d).items for d in ("fine", "alone", "coarse"))
+    kept, alone, coarse = (APPLICATION.read(tmp_path / d).items[0].load() for d in ("fine", "alone", "coarse"))
     np.testing.assert_allclose(kept.density, alone.density, atol=1e-5)
     assert kept.seconds > coarse.seconds  # what the coarse design took is not forgotten
     (file,) = (tmp_path / "coarse").iterdir()
     file.rename(file.with_name("company-0000-1-00000-8.npz"))
     with pytest.raises(DataError, match="another problem"):
         dataset.main([str(tmp_path / "other"), "--seed", "1", *fine])
+
+
+def test_streamed_designs_are_the_ones_in_memory_and_train_the_same(designs: data.Designs, tmp_path: Path) -> None:
+    designs.write(tmp_path / "d")
+    losses_of = []
+    for memory in (0, 100):
+        settings = [
+            *SMALL,
+            f"data.in_memory_mb={memory}",
+            "model.compliance_weight=0.1",
+            "model.width=4",
+            "model.depth=1",
+        ]
+        config = APPLICATION.configure([*settings, "pretrain.epochs=1", "pretrain.batch_size=2", "data.judged=4"])
+        examples = APPLICATION.read(tmp_path / "d").examples(config)
+        streamed = [
+            isinstance(a, Windows) for a in (examples.inputs["force"], examples.inputs["response"], examples.targets)
+        ]
+        assert streamed == [memory == 0] * 3
+        part = examples.take([3, 1])
+        whole = designs.examples(APPLICATION.configure([*settings[:4], *settings[5:]])).take([3, 1])
+        for name, array in whole.inputs.items():
+            np.testing.assert_array_equal(part.inputs[name], array)
+        np.testing.assert_array_equal(part.targets, whole.targets)
+        assert (
+            metrics.metrics(config, {"density": pipeline.target_density(part.targets)}, part)["compliance_error"] < 0.01
+        )
+        sets = TrainingData(train=examples, validation=part, clients=examples.clients())
+        trainer = Trainer(APPLICATION, config, sets, processes=join(), out=tmp_path / str(memory), seed=0)
+        trainer.run()
+        losses_of.append(trainer.losses)
+    assert losses_of[0] == losses_of[1]
+
+
+def test_designs_that_fit_neither_memory_nor_disk(designs: data.Designs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/full")
+    with pytest.raises(EnvironmentFault, match="TMPDIR"):
+        designs.examples(APPLICATION.configure([*SMALL, "data.in_memory_mb=0"]))
 
 
 def test_node_fields_are_means_over_each_cells_nodes() -> None:
