@@ -70,11 +70,11 @@ class Plan:
 
 
 def data_sets(coarse: int, fine: int, *, quick: bool) -> dict[str, DataSet]:
-    """Training companies 0 to 15, test 16 to 25, validation 26 to 33; each fine problem is one of the coarse set."""
+    """Training companies 0 to 15, test 16 to 23, validation 24 to 31; each fine problem is one of the coarse set."""
     if quick:
         train, few, test, val = (4, 2), (4, 1), (4, 4, 1), (8, 4, 1)
     else:
-        train, few, test, val = (16, 16), (16, 3), (16, 10, 2), (26, 8, 1)
+        train, few, test, val = (16, 16), (16, 3), (16, 8, 2), (24, 8, 1)
     made = {
         f"train{coarse}": DataSet(side=coarse, first=0, clients=train[0], problems=train[1], seed=0),
         f"train{fine}": DataSet(side=fine, first=0, clients=few[0], problems=few[1], seed=0, coarse=f"train{coarse}"),

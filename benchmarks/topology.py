@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--epochs",
         type=int,
         nargs=3,
-        default=(40, 60, 8),
+        default=(30, 40, 6),
         metavar=("COARSE", "FINE", "COMPLIANCE"),
         help="0 = leave out",
     )
