@@ -166,7 +166,7 @@ def train(config: Any, found: dict[str, Examples], data: Path, start: Path | Non
     train = found[f"train{side}"]
     if weight > 0:  # these targets carry the problem
         train = read(data / f"train{side}", side, f"model.compliance_weight={weight}")
-    began = time.process_time()
+    began, clock = time.process_time(), time.monotonic()
     losses: list[float] = []
 
     def on_epoch(record: Any) -> None:
@@ -181,13 +181,14 @@ def train(config: Any, found: dict[str, Examples], data: Path, start: Path | Non
     if start is not None and trainer.progress.epoch == trainer.progress.step == 0:
         set_arrays(trainer.model, checkpoints.load(start).arrays, origin=str(start))
     trainer.run()
-    seconds = time.process_time() - began
+    seconds, wall = time.process_time() - began, time.monotonic() - clock
     validated = {s: validation_error(trainer.model, s, found[f"val{side}"]) for s in SHARPNESS}
     sharpness = min(validated, key=lambda s: validated[s])
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": trainer.steps * config.pretrain.epochs,
         "seconds": seconds,
+        "wall": wall,
         "loss": losses[-1] if losses else float("nan"),
         "examples": len(train),
         "validated": [[s, error] for s, error in validated.items()],
