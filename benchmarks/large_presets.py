@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.estimate import resident
 from fl_core.learning.application import application
 from fl_core.learning.sources import GENERATED, open_data
+from fl_core.runtime.machine import resident_bytes
 from fl_core.storage import atomic
 
 
@@ -38,10 +38,10 @@ class Case:
 
 
 CASES = (
-    Case("plant_disease", 8, ("data.image_size=64", "data.clients=4", "data.images_per_client=10")),
+    Case("plant_disease", 4, ("data.image_size=32", "data.clients=4", "data.images_per_client=10")),
     Case(
         "seismic_facies",
-        4,
+        2,
         (
             *("data.crop=16", "data.stride=16", "data.inlines=32", "data.crosslines=32", "data.samples=32"),
             *("data.clients=3", "data.volumes_per_client=2", "data.reference=stored"),
@@ -49,7 +49,7 @@ CASES = (
     ),
     Case(
         "topology_optimisation",
-        4,
+        2,
         ("data.size=32", "data.clients=3", "data.problems_per_client=8", "data.iterations=6", "data.judged=0"),
     ),
 )
@@ -86,15 +86,20 @@ def child(path: Path) -> None:
     some = min(EXAMPLES, len(data.train))
     data = replace(data, train=data.train.take(slice(0, some)), validation=data.validation.take([]))
     clock = PhaseClock(spec["steps"])
-    before = resident("VmRSS")
-    trainer = Trainer(app, config, data, processes=processes, out=path.parent / "run", seed=0, phase=clock)
+    before = resident_bytes()
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        print(f"{app.name}: step {step}, loss {loss:.4f}", file=sys.stderr, flush=True)
+
+    out = path.parent / "run"
+    trainer = Trainer(app, config, data, processes=processes, out=out, seed=0, phase=clock, on_step=on_step)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # steps are measured, not how the model was made
     with contextlib.suppress(EnoughSteps):
         trainer.run()
     found = {
         "losses": trainer.losses,
         "seconds": [step.seconds for step in clock.steps],
-        "peak": resident("VmHWM") - before,
+        "peak": resident_bytes("VmHWM") - before,
         "parameters": sum(p.numel() for p in app.build_model(config).parameters()) if processes.is_main else 0,
     }
     atomic.write_json(path.parent / f"rank-{processes.rank}.json", found)

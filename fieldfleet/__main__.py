@@ -15,6 +15,7 @@ ROOMS = (
     "fieldfleet.apps",
     "hpc_trainer.commands",
     "hpc_trainer.performance.commands",
+    "hpc_trainer.data_command",
     "hpc_trainer.slurm",
     "simulations.commands",
     "fl_server.commands",

@@ -16,7 +16,7 @@ from fl_core.contracts.errors import DataError, EnvironmentFault, ExitCode, Inpu
 from fl_core.contracts.progress import Progress
 from fl_core.learning.application import Application, application
 from fl_core.learning.partition import split_clients
-from fl_core.learning.sources import FoundData, data_option, open_data
+from fl_core.learning.sources import FoundData, data_folder, data_option, open_data
 from hpc_trainer import verify_command
 
 PROCESS_FAILED = "a training process ended with an error; its message is above"
@@ -30,6 +30,9 @@ def add_commands(subparsers: Subparsers) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="run folder; an interrupted run is taken up"
     )
     parser.add_argument("--procs", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="a node's own disk: packed --data are copied there first, once"
+    )
     verify_command.add_command(subparsers)
 
 
@@ -41,6 +44,8 @@ def run_pretrain(args: argparse.Namespace) -> int:
     config = app.configure(args.overrides, preset=args.preset)
     if args.procs < 1:
         raise InputError(f"--procs {args.procs}: at least one process is needed")
+    if args.scratch:
+        args.data = staged(app, args.data, args.scratch)
     output_folder(args.out, resume=any(args.out.glob("epoch-*")) if args.out.is_dir() else False)
     if under_launcher() or args.procs == 1:
         return train_here(args, app, config, open_data(app, config, args.data, seed=args.seed))
@@ -51,6 +56,16 @@ def run_pretrain(args: argparse.Namespace) -> int:
     build_optimizer(app.build_model(config), config.optimizer)
     training_data(app, config, open_data(app, config, args.data, seed=args.seed), args.seed)  # refused before any start
     return start_torchrun(args.procs)
+
+
+def staged(app: Application, data: str | None, scratch: Path) -> str:
+    """Where the packed data set lies now."""
+    from fl_core.learning.packed import stage
+
+    folder = data_folder(app, data)
+    if folder is None:
+        raise InputError("--scratch: generated data are not on a disk", remedy="name packed data with --data")
+    return str(stage(folder, scratch))
 
 
 def start_torchrun(procs: int) -> int:

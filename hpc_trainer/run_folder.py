@@ -11,13 +11,12 @@ the manifest and renames the folder. Before that nothing takes it for a checkpoi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ KEPT = 2
 # Keys of [pretrain] that decide where and how fast the same training runs; a run may go on with others.
 FREE = (
     *("parallel", "mesh", "spatial_axis", "schedule_of_stages", "micro_batch", "activation_checkpointing", "compile"),
-    *("checkpoint_every", "checkpoint_steps"),
+    *("checkpoint_every", "checkpoint_steps", "prefetch"),
 )
 
 
@@ -146,9 +145,9 @@ class RunFolder:
             done, self._committing = self._committing, None
             done.result()
 
-    def close(self) -> None:
+    def rest(self) -> None:
         """Lets what is under way come to its end; not collective, and may follow an error."""
-        self._thread.shutdown()
+        wait([f for f in (self._writing.shard if self._writing else None, self._committing) if f is not None])
 
     def _write(self, name: str, pieces: Sequence[Piece]) -> None:
         """The shard and its digest, in files of their own, on the disk when this returns."""
@@ -181,13 +180,17 @@ class RunFolder:
         partial = self._partial(writing.name)
         checkpoints.write_shards_manifest(partial, writing.manifest, self._digests(writing.name))
         atomic.fsync_folder(partial / SHARDS)
-        os.replace(partial, self.path / writing.name)
+        target = self.path / writing.name
+        if target.exists():  # of the same step
+            if atomic.exchange(partial, target):
+                partial, target = target, partial
+            _remove(target)
+        if partial.name != writing.name:
+            os.replace(partial, target)
         atomic.fsync_folder(self.path)
         atomic.point_to(self.path / checkpoints.LATEST, writing.name)
         for old in self._all()[:-KEPT]:
-            with contextlib.suppress(FileNotFoundError):
-                (old / MANIFEST_NAME).unlink()  # first: a folder that is half gone is no checkpoint
-            shutil.rmtree(old)
+            _remove(old)
 
     def _partial(self, name: str) -> Path:
         return self.path / f".{name}{PARTIAL}"
@@ -245,3 +248,9 @@ class RunFolder:
             metrics=metrics,
             versions={"torch": torch.__version__},
         )
+
+
+def _remove(checkpoint: Path) -> None:
+    """Its manifest first: a folder that is half gone is no checkpoint."""
+    (checkpoint / MANIFEST_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)

@@ -63,6 +63,8 @@ class Batches:
         self.augment = application.augment_function()
         self.unit = GHOST_BATCH if config.model.norm == "ghost" else 1
         self.size, self.count = micro_batches(config.pretrain, layout.sizes, self.unit)
+        in_memory = all(isinstance(a, np.ndarray) for a in (*data.inputs.values(), data.targets))
+        self.ahead = 0 if in_memory else config.pretrain.prefetch
 
     def example(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Inputs of one whole micro-batch."""

@@ -28,13 +28,14 @@ from hpc_trainer.dropout import key_dropout
 from hpc_trainer.evaluation import Evaluation
 from hpc_trainer.layout import arrange
 from hpc_trainer.placement import place
+from hpc_trainer.prefetch import ahead
 from hpc_trainer.processes import Processes
 from hpc_trainer.recipe import RIGHT, Recipe
 from hpc_trainer.refusals import refuse_what_breaks_integrity
 from hpc_trainer.run_folder import Progress, RunFolder
 from hpc_trainer.sampler import steps_per_epoch
 from hpc_trainer.schedules import learning_rate
-from hpc_trainer.step import Batches, Index, Step
+from hpc_trainer.step import Batch, Batches, Index, Step
 
 HISTORY_NAME = "history.jsonl"
 
@@ -115,7 +116,7 @@ class Trainer:
                     self.on_epoch(record)
             return self._finish()
         finally:
-            self.folder.close()
+            self.folder.rest()
             if history is not None:
                 history.close()
 
@@ -147,11 +148,12 @@ class Trainer:
             start=self.progress.step,
         )
         total = self.steps * self.config.pretrain.epochs
-        for number, index in enumerate(shares, start=self.progress.step):
+        made = ahead(shares, lambda i: self.batches(epoch, i, self.processes.device, self.dtype), self.batches.ahead)
+        for number, (index, batches) in enumerate(made, start=self.progress.step):
             step = (epoch - 1) * self.steps + number
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config.pretrain, self.base_lr, step, total)
-            sums = self._step(epoch, step, index)
+            sums = self._step(epoch, step, index, batches)
             if sums[3] == 0:
                 self.folder.written()
             self.progress = self.progress.after_step(sums)
@@ -163,20 +165,19 @@ class Trainer:
     def _keep(self, stopping: bool) -> None:
         """A checkpoint in mid-epoch: every ``checkpoint_steps``, and before an end that was asked for."""
         every = self.config.pretrain.checkpoint_steps
-        if stopping or (every and self.progress.step % every == 0 and self.progress.step < self.steps):
-            self._save({})
         if stopping:
-            self.folder.settle()
-            self.processes.barrier()
+            self.checkpoint()
             raise Interrupted(
                 f"told to stop after step {self.progress.step} of epoch {self.progress.epoch + 1}; a checkpoint is written",
                 remedy="repeat the command: it goes on where it stopped",
             )
+        if every and self.progress.step % every == 0 and self.progress.step < self.steps:
+            self._save({})
 
-    def _step(self, epoch: int, step: int, index: Index) -> Tensor:
+    def _step(self, epoch: int, step: int, index: Index, made: Callable[[], list[Batch]]) -> Tensor:
         """One global batch; returns its (numerator, denominator, stop, writing), summed over all processes."""
         with self.phase(phases.INPUT):
-            batches = self.batches(epoch, index, self.processes.device, self.dtype)
+            batches = made()
         self.placement.module.train()
         self.optimizer.zero_grad(set_to_none=True)
         sums = self.one_step(batches, stop=self.stop_asked(), writing=self.folder.writing).cpu()
@@ -204,6 +205,12 @@ class Trainer:
 
     def evaluate(self, examples: Examples) -> dict[str, float]:
         return self.evaluation(examples, self.dtype)
+
+    def checkpoint(self) -> None:
+        """Of now, on the disk when this returns; to be called by every process, between steps."""
+        self._save({})
+        self.folder.settle()
+        self.processes.barrier()
 
     def _save(self, metrics: dict[str, float]) -> None:
         with self.phase(phases.CHECKPOINT):

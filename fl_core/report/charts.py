@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
@@ -71,8 +71,10 @@ def bands(
     return png(figure)
 
 
-def two_panels(left: Series, right: Series, *, x_label: str, y_labels: tuple[str, str]) -> bytes:
-    """Two line charts side by side over the same kind of x."""
+def two_panels(
+    left: Series, right: Series, *, x_label: str, y_labels: tuple[str, str], logarithmic: bool = False
+) -> bytes:
+    """Two line charts side by side over the same kind of x; logarithmic: all axes, so that powers are straight lines."""
     figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
     for column, (series, y_label) in enumerate(zip((left, right), y_labels, strict=True)):
         axes = figure.add_subplot(1, 2, column + 1)
@@ -83,7 +85,13 @@ def two_panels(left: Series, right: Series, *, x_label: str, y_labels: tuple[str
                 x, y, label=name, color=COLOURS[i % len(COLOURS)], marker="o" if len(x) < 25 else "", markersize=3.5
             )
         axes.set(xlabel=x_label, ylabel=y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if logarithmic:
+            axes.set(xscale="log", yscale="log")
+            ticks = sorted({value for x, _ in series.values() for value in x})
+            axes.set_xticks(ticks, [f"{t:g}" for t in ticks], minor=False)
+            axes.xaxis.set_minor_locator(NullLocator())
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if series:
             axes.legend(frameon=False, fontsize=8)
     return png(figure)

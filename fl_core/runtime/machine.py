@@ -41,13 +41,13 @@ def cpu_name() -> str:
     return found or platform.processor() or platform.machine()
 
 
-def resident_bytes() -> int:
-    """Resident set size of this process in bytes; 0 where the system does not tell."""
+def resident_bytes(kind: str = "VmRSS") -> int:
+    """Resident set size of this process in bytes (VmHWM: the highest so far); 0 where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{kind}:")), 0)
 
 
 def return_memory_early(*, reused_bytes: int = 64 << 10) -> None:

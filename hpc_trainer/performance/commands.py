@@ -1,4 +1,4 @@
-"""``fieldfleet probe``, ``scaling``: what a machine can do, and what training makes of it."""
+"""``fieldfleet probe``, ``scaling``, ``profile``, ``estimate``: what a machine can do, and what training makes of it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ def add_commands(subparsers: Subparsers) -> None:
     )
     scaling.add_argument("--out", type=Path, required=True, metavar="DIR", help="report.html, pictures, JSON, traces")
     data_option(scaling)
+
+    profile = command(
+        subparsers, "profile", run_profile, help="time and memory of each stage of a step, and their powers"
+    )
+    profile.add_argument("--app", required=True, metavar="APP")
+    profile.add_argument(
+        "--scan",
+        action="append",
+        metavar="KEY=SIZE,SIZE,...",
+        help="sizes of one or several keys, KEY+KEY=...; may be repeated (default: edge, channels and batch, four sizes each)",
+    )
+    profile.add_argument("--procs", type=int, default=1, metavar="N", help="processes (default: 1)")
+    profile.add_argument("--steps", type=int, default=5, metavar="N", help="measured steps at each size (default: 5)")
+    profile.add_argument("--out", type=Path, required=True, metavar="DIR", help="report.html, pictures, JSON")
 
     estimate = command(
         subparsers, "estimate", run_estimate, help="memory, operations and messages of a run, unallocated"
@@ -92,6 +106,16 @@ def run_scaling(args: argparse.Namespace) -> int:
     document = scaling.measure(plan, args.out, expected)
     scaling_report.write(document, args.out)
     emit(args, document, lambda: scaling_report.show(document, args.out))
+    return ExitCode.DONE
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    from hpc_trainer.performance import profile, profile_report
+
+    output_folder(args.out)
+    document = profile.measure(args, args.out)
+    profile_report.write(document, args.out)
+    emit(args, document, lambda: profile_report.show(document, args.out))
     return ExitCode.DONE
 
 

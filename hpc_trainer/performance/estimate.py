@@ -50,7 +50,7 @@ def estimate(
     pretrain, sizes = config.pretrain, mesh_sizes(config.pretrain, world)
     refuse_arrangement(config, sizes)
     batch, count = micro_batches(pretrain, sizes)
-    targets = _targets(app, preset, overrides)
+    targets = target_of(app, preset, overrides)
     loss = app.loss_function()
     axis, parts = pretrain.spatial_axis, sizes["spatial"]
     with tracking.unallocated():
@@ -90,8 +90,8 @@ def estimate(
     return document
 
 
-def _targets(app: Application, preset: str, overrides: Sequence[str]) -> torch.Tensor:
-    """Of a few generated examples: their shape and type."""
+def target_of(app: Application, preset: str, overrides: Sequence[str]) -> torch.Tensor:
+    """Of one generated example: (1, ...)."""
     few = []
     for f in dataclasses.fields(app.configure(overrides, preset=preset).data):
         if f.type in ("int", int) and (f.name == "clients" or f.name.endswith("_per_client")):

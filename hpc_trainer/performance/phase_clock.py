@@ -1,4 +1,4 @@
-"""Times of the stages of training steps on one rank, and the same as a trace in Chrome's format."""
+"""Times and memory of the stages of training steps on one rank, and the times as a trace in Chrome's format."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fl_core.runtime.machine import resident_bytes
@@ -24,10 +25,12 @@ class EnoughSteps(Exception):
 
 @dataclass
 class Step:
-    """began, and (stage, begin, end) in seconds of the monotonic clock; memory: resident bytes after each stage."""
+    """began, and (stage, begin, end) in seconds of the monotonic clock; memory: the most that each stage held above ``base``, what was
+    held when the step began."""
 
     began: float
     spans: list[tuple[str, float, float]] = field(default_factory=list)
+    base: int = 0
     memory: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -39,13 +42,32 @@ class Step:
         return sum(end - begin for name, begin, end in self.spans if name == stage)
 
 
+class PeakMemory:
+    """The most bytes held since the last reset: resident ones of the process (Linux), or torch's on a GPU."""
+
+    def __init__(self) -> None:
+        self.cuda = torch.cuda.is_available()
+
+    def now(self) -> int:
+        return torch.cuda.memory_allocated() if self.cuda else resident_bytes()
+
+    def reset(self) -> None:
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.cuda else resident_bytes("VmHWM")
+
+
 class PhaseClock:
     """``Trainer(phase=clock)``. The backward stage is split where this rank's last gradient is done."""
 
     def __init__(self, limit: int, *, memory: bool = False) -> None:
-        self.limit, self.memory = limit, memory
+        self.limit = limit
         self.steps: list[Step] = []
-        self.before: int = resident_bytes() if memory else 0
+        self._memory = PeakMemory() if memory else None
         self._last_gradient = 0.0
 
     def watch(self, model: nn.Module) -> None:
@@ -61,17 +83,19 @@ class PhaseClock:
         if name == phases.INPUT:
             if len(self.steps) == self.limit:
                 raise EnoughSteps
-            self.steps.append(Step(time.perf_counter()))
+            self.steps.append(Step(time.perf_counter(), base=self._memory.now() if self._memory else 0))
+        step = self.steps[-1]
+        if self._memory:
+            self._memory.reset()
         begin = time.perf_counter()
         yield
         end = time.perf_counter()
-        step = self.steps[-1]
+        if self._memory:
+            step.memory[name] = max(step.memory.get(name, 0), self._memory.peak() - step.base)
         if name == phases.BACKWARD and begin < self._last_gradient < end:
             step.spans += [(name, begin, self._last_gradient), (GRADIENTS_WAIT, self._last_gradient, end)]
         else:
             step.spans.append((name, begin, end))
-        if self.memory:
-            step.memory[name] = resident_bytes()
 
     def document(self, skip: int) -> dict[str, Any]:
         """Seconds of each stage of each step after the first ``skip``, and of whole steps."""

@@ -69,11 +69,10 @@ class Plan:
             "work": "steps",
             "application": self.app.name,
             "preset": self.preset,
-            "overrides": self.overrides,
+            "overrides": [*self.overrides, f"pretrain.batch_size={batch}"],
             "data": self.data,
             "seed": self.seed,
             "dtype": self.dtype,
-            "batch_size": batch,
             "steps": self.steps + SKIP,
             "skip": SKIP,
         }

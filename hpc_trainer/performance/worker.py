@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ from fl_core.contracts.offswitches import set_off_switches
 from fl_core.learning.application import application
 from fl_core.learning.sources import open_data
 from fl_core.storage import atomic
+from hpc_trainer import phases
 from hpc_trainer.commands import training_data
 from hpc_trainer.performance import probe
-from hpc_trainer.performance.phase_clock import EnoughSteps, PhaseClock
+from hpc_trainer.performance.phase_clock import EnoughSteps, PeakMemory, PhaseClock
+from hpc_trainer.performance.stand_in import stand_in
 from hpc_trainer.processes import Processes, join
-from hpc_trainer.trainer import Trainer
+from hpc_trainer.trainer import Trainer, TrainingData
 
 # Large blocks go back to the system when they are freed, so that resident memory is what is held.
+CHECKPOINTS = 3
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
@@ -50,23 +54,23 @@ def start(spec: dict[str, Any], procs: int, folder: Path) -> list[dict[str, Any]
     return [json.loads(f.read_text()) for f in files]
 
 
-def steps(spec: dict[str, Any], processes: Processes, folder: Path) -> dict[str, Any]:
-    """Training steps under a clock."""
+def trainer_of(spec: dict[str, Any], processes: Processes, folder: Path, clock: PhaseClock) -> Trainer:
     app = application(spec["application"])
-    size = spec["batch_size"]
     # as many epochs as it takes; the learning rate must not depend on how many
     config = app.configure(
         [
             *spec["overrides"],
-            f"pretrain.batch_size={size}",
-            *("pretrain.epochs=100000", "pretrain.checkpoint_every=100000"),
+            *("pretrain.epochs=100000", "pretrain.checkpoint_every=100000", "pretrain.average_last=0"),
             *("pretrain.schedule=constant", "pretrain.warmup_fraction=0"),
         ],
         preset=spec["preset"],
     )
-    data = training_data(app, config, open_data(app, config, spec["data"], seed=spec["seed"]), spec["seed"])
-    data = replace(data, validation=data.validation.take([]))  # steps are measured, not epochs
-    clock = PhaseClock(spec["steps"], memory=bool(spec.get("memory")))
+    if "target" in spec:
+        examples = stand_in(app, config, *spec["target"])
+        data = TrainingData(train=examples, validation=examples.take([]), clients=("client",))
+    else:
+        data = training_data(app, config, open_data(app, config, spec["data"], seed=spec["seed"]), spec["seed"])
+        data = replace(data, validation=data.validation.take([]))  # steps are measured, not epochs
     trainer = Trainer(
         app,
         config,
@@ -78,15 +82,41 @@ def steps(spec: dict[str, Any], processes: Processes, folder: Path) -> dict[str,
         phase=clock,
     )
     clock.watch(trainer.model)
+    return trainer
+
+
+def steps(spec: dict[str, Any], processes: Processes, folder: Path) -> dict[str, Any]:
+    """Training steps under a clock."""
+    clock = PhaseClock(spec["steps"])
+    trainer = trainer_of(spec, processes, folder, clock)
     with contextlib.suppress(EnoughSteps):
         trainer.run()
     clock.write_trace(folder / f"trace-rank-{processes.rank}.json", processes.rank)
+    return {**clock.document(spec["skip"]), "losses": trainer.losses, "examples": len(trainer.data.train)}
+
+
+def profile(spec: dict[str, Any], processes: Processes, folder: Path) -> dict[str, Any]:
+    """The same with the memory of each stage; then checkpoints, each until it lies on the disk."""
+    clock = PhaseClock(spec["steps"], memory=True)
+    trainer = trainer_of(spec, processes, folder, clock)
+    with contextlib.suppress(EnoughSteps):
+        trainer.run()
+    memory, base = PeakMemory(), PeakMemory().now()
+    seconds, held = [], []
+    for _ in range(CHECKPOINTS):
+        memory.reset()
+        begin = time.perf_counter()
+        trainer.checkpoint()
+        seconds.append(time.perf_counter() - begin)
+        held.append(memory.peak() - base)
+    found = clock.document(spec["skip"])
+    kept = clock.steps[spec["skip"] :]
     return {
-        **clock.document(spec["skip"]),
-        "losses": trainer.losses,
-        "examples": len(data.train),
-        "memory": [s.memory for s in clock.steps],
-        "memory_before": clock.before,
+        "stages": {**found["stages"], phases.CHECKPOINT: seconds},
+        "memory": {
+            **{name: [s.memory.get(name, 0) for s in kept] for name in kept[0].memory},
+            phases.CHECKPOINT: held,
+        },
     }
 
 
@@ -94,7 +124,7 @@ def all_reduce(spec: dict[str, Any], processes: Processes, folder: Path) -> dict
     return probe.all_reduce(processes, spec["largest"], spec["seconds"])
 
 
-WORK = {"steps": steps, "all_reduce": all_reduce}
+WORK = {"steps": steps, "profile": profile, "all_reduce": all_reduce}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The blocks of any model: what is cut, gathered or recomputed as one."""
+"""The blocks of any model: what is cut and gathered as one, and what is recomputed as one."""
 
 from __future__ import annotations
 
@@ -25,16 +25,26 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
+def segments(model: nn.Module) -> Iterator[nn.Module]:
+    """What is recomputed as one: blocks, and sequences of nothing but layers (convolution, norm, activation, ...)."""
+    for child in model.children():
+        parts = list(child.children())
+        layers_only = isinstance(child, nn.Sequential) and not any(True for p in parts for _ in p.children())
+        if isinstance(child, CONTAINERS) and not layers_only:
+            yield from segments(child)
+        elif len(parts) > 1 and any(True for _ in child.parameters()):
+            yield child  # a single layer has nothing between its input and its output to save
+
+
 def recompute_activations(model: nn.Module) -> None:
-    """Each block keeps its input only and repeats its forward pass in the backward pass (Chen et al. 2016).
+    """Each segment keeps its input only and repeats its forward pass in the backward pass (Chen et al. 2016).
 
     The repetition moves no running statistics, and dropout, keyed by sample, draws the same masks.
     """
-    for block in blocks(model):
-        if any(True for _ in block.children()):  # a single layer has nothing between its input and its output to save
-            block.forward = functools.partial(  # type: ignore[method-assign]
-                checkpoint, block.forward, use_reentrant=False, context_fn=_contexts
-            )
+    for segment in segments(model):
+        segment.forward = functools.partial(  # type: ignore[method-assign]
+            checkpoint, segment.forward, use_reentrant=False, context_fn=_contexts
+        )
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -13,9 +13,10 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fl_core.contracts.errors import InputError
 from fl_core.learning.application import application
 from hpc_trainer import phases
-from hpc_trainer.performance import fits, node, probe, scaling
+from hpc_trainer.performance import fits, node, probe, profile, scaling
 from hpc_trainer.performance.phase_clock import GRADIENTS_WAIT, EnoughSteps, PhaseClock
 from tests.helpers import fieldfleet, small_overrides
 
@@ -179,3 +180,85 @@ def test_wrong_arguments_are_named(options: list[str], message: str, tmp_path: P
     done = fieldfleet(*options, "--out", tmp_path / "out", timeout=60)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_the_memory_of_a_stage_is_its_peak_above_the_step(tmp_path: Path) -> None:
+    clock = PhaseClock(2, memory=True)
+    for _ in range(2):
+        with clock(phases.INPUT):
+            pass
+        with clock(phases.FORWARD):
+            gone = np.ones(30_000_000 // 8)
+            del gone
+        kept = np.ones(10_000_000 // 8)
+        with clock(phases.OPTIMIZER):
+            pass
+        del kept
+    found = clock.steps[1].memory
+    assert found[phases.INPUT] < 3e6
+    assert 29e6 < found[phases.FORWARD] < 34e6
+    assert 9e6 < found[phases.OPTIMIZER] < 14e6
+
+
+def _profiled(size: int, axes: int) -> dict[str, Any]:
+    """A machine on which everything costs what the formula says, and each message half a second."""
+    places = float(size**axes)
+    stages = {
+        "input": [places] * 3,
+        "forward": [2.0 * places] * 3,
+        "communication": [0.0] * 3,
+        "gradients_wait": [0.5] * 3,
+    }
+    memory = {"forward": [int(1e6 * places)], "input": [5]}
+    rank = {"stages": stages, "memory": memory}
+    counted = {
+        "flops": {"forward": 7 * places, "backward": 14 * places},
+        "parameters": 11,
+        "memory_bytes": {"activations": 3 * places},
+    }
+    return {"ranks": [rank, rank], "counted": counted, "dense": True}
+
+
+def test_powers_of_stages_are_recovered_beside_the_formula() -> None:
+    scan = profile.Scan(dimension="edge", keys=("data.crop",), sizes=(8, 16, 24, 32))
+    stages = profile._scan(scan, [_profiled(size, 3) for size in scan.sizes], 3)["stages"]
+    forward = stages["forward"]
+    assert forward["seconds"]["exponent"]["value"] == pytest.approx(3)
+    assert (forward["seconds"]["formula"], forward["memory_bytes"]["formula"]) == (3, 3)
+    assert forward["seconds"]["counted"] == pytest.approx(3)
+    assert forward["memory_bytes"]["exponent"]["value"] == pytest.approx(3)
+    assert stages["input"]["memory_bytes"]["exponent"] is None  # below the allocator's pages
+    assert stages["communication"]["seconds"]["values"] == [0.5] * 4
+    assert stages["communication"]["seconds"]["exponent"]["value"] == pytest.approx(0)
+    assert stages["communication"]["seconds"]["formula"] == 0
+
+
+def test_scans_are_found_in_the_configuration_or_named() -> None:
+    app = application("seismic_facies")
+    found = {s.dimension: s for s in profile.scans_of(app, "default", [], [])}
+    assert found["edge"].keys == ("data.crop", "data.stride")
+    assert found["edge"].sizes == (16, 32, 48, 64)
+    assert found["channels"].keys == ("model.width",)
+    for scan in found.values():
+        for size in scan.sizes:
+            app.configure(scan.overrides(size))
+    (asked,) = profile.scans_of(app, "default", [], ["model.levels=2,3,4,5"])
+    assert (asked.dimension, asked.sizes) == ("model.levels", (2, 3, 4, 5))
+    assert profile.formula("forward", asked.dimension, 3, True, False) is None
+    with pytest.raises(InputError, match="at least 4 different sizes"):
+        profile.scans_of(app, "default", [], ["model.width=4,8,8,4"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_profile_writes_its_report(tmp_path: Path) -> None:
+    done = fieldfleet(
+        "profile", "--app", "toy_regression", "--scan", "pretrain.batch_size=64,256,1024,4096", "--steps", "3", "--json",
+        "--procs", "2", "--out", tmp_path / "out", timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    (scan,) = document["scans"]
+    assert set(scan["stages"]) == {"input", "forward", "loss", "communication", "backward", "optimizer", "checkpoint"}
+    assert all(v > 0 for stage in scan["stages"].values() for v in stage["seconds"]["values"])
+    assert {p.name for p in (tmp_path / "out").iterdir() if p.is_file()} == {"profile.json", "report.html", "batch.png"}
