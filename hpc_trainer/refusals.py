@@ -11,6 +11,7 @@ from torch import nn
 from fl_core.contracts.errors import ConfigError
 from fl_core.learning.normalization import GHOST_BATCH
 from hpc_trainer.batch_norm import normalises_by_batch
+from hpc_trainer.coarse import levels
 from hpc_trainer.dropout import KINDS as DROPOUTS
 from hpc_trainer.layout import PARTS, Layout
 
@@ -21,6 +22,7 @@ OTHER_NORM = "set model.norm=ghost or model.norm=group"
 def refuse_arrangement(config: Any, sizes: Mapping[str, int]) -> None:
     """What the launching process can refuse already."""
     name, pretrain = config.optimizer.name, config.pretrain
+    levels(pretrain.coarse)
     used, whole = [d for d in PARTS if sizes[d] > 1], pretrain.parallel == "ddp"
     cut = sizes["shard"] > 1 or (used and used != ["spatial"]) or (used and not whole)
     if cut and name not in ELEMENTWISE:
@@ -57,7 +59,7 @@ def refuse_in_stages(config: Any) -> None:
             f"model.norm = {config.model.norm!r}: pipeline stages see one micro-batch at a time",
             remedy="set model.norm=group, or leave pipeline out of pretrain.mesh",
         )
-    for key, off in (("activation_checkpointing", False), ("precision", "full")):
+    for key, off in (("activation_checkpointing", False), ("precision", "full"), ("coarse", "")):
         if getattr(pretrain, key) != off:
             raise ConfigError(
                 f"pretrain.{key} = {getattr(pretrain, key)!r} and a pipeline dimension in pretrain.mesh exclude each other"

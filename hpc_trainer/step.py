@@ -27,6 +27,7 @@ from fl_core.learning.micro_batch import MicroBatch, micro_batch
 from fl_core.learning.normalization import GHOST_BATCH, GhostBatchNorm
 from fl_core.learning.torch_arrays import tensors
 from hpc_trainer import phases
+from hpc_trainer.coarse import coarsened
 from hpc_trainer.layout import SAMPLES, Layout
 from hpc_trainer.placement.base import Placement, forward
 from hpc_trainer.placement.stages import Staged
@@ -71,16 +72,19 @@ class Batches:
         chosen = self.data.take(np.arange(self.size) % len(self.data))
         return on_device(self.application, self.config, chosen, device, dtype)[0]
 
-    def __call__(self, epoch: int, index: Index, device: torch.device, dtype: torch.dtype) -> list[Batch]:
+    def __call__(
+        self, epoch: int, index: Index, device: torch.device, dtype: torch.dtype, factor: int = 1
+    ) -> list[Batch]:
+        """factor: by which edges are shortened."""
         parts = [index[i * self.size : (i + 1) * self.size] for i in range(self.count)]
-        return [self._batch(epoch, part, device, dtype) for part in parts]
+        return [self._batch(epoch, part, device, dtype, factor) for part in parts]
 
-    def _batch(self, epoch: int, part: Index, device: torch.device, dtype: torch.dtype) -> Batch:
+    def _batch(self, epoch: int, part: Index, device: torch.device, dtype: torch.dtype, factor: int) -> Batch:
         chosen = part if len(part) else np.zeros(1, np.int64)
         base = seeding.key(self.seed, "augment", epoch)
         batch = augmented(self.data.take(chosen), chosen, base, self.config, self.augment)
         keys = seeding.example_keys(seeding.key(self.seed, "dropout", epoch), chosen)
-        inputs, targets = on_device(self.application, self.config, batch, device, dtype)
+        inputs, targets = coarsened(*on_device(self.application, self.config, batch, device, dtype), factor)
         return Batch(inputs=inputs, targets=targets, real=len(part), keys=keys)
 
 

@@ -24,6 +24,7 @@ from fl_core.learning.examples import Examples
 from fl_core.optimizers import build_optimizer
 from fl_core.storage.log import AppendLog, read_log
 from hpc_trainer import phases, snapshot
+from hpc_trainer.coarse import factor_at, refuse_what_is_too_coarse
 from hpc_trainer.dropout import key_dropout
 from hpc_trainer.evaluation import Evaluation
 from hpc_trainer.layout import arrange
@@ -91,6 +92,7 @@ class Trainer:
         self.batches = Batches(application, config, data.train, self.layout, seed)
         self.model: nn.Module = application.build_model(config).to(device=processes.device, dtype=dtype)
         refuse_what_breaks_integrity(self.model, config, self.layout, self.batches.count, dtype)
+        refuse_what_is_too_coarse(self.model, self.batches.example(processes.device, dtype), config)
         recipe.synchronise(key_dropout(self.model), self.layout.summed)
         self.placement = place(
             self.model, config, self.layout, lambda: self.batches.example(processes.device, dtype), self.batches.count
@@ -148,9 +150,13 @@ class Trainer:
             start=self.progress.step,
         )
         total = self.steps * self.config.pretrain.epochs
-        made = ahead(shares, lambda i: self.batches(epoch, i, self.processes.device, self.dtype), self.batches.ahead)
-        for number, (index, batches) in enumerate(made, start=self.progress.step):
-            step = (epoch - 1) * self.steps + number
+
+        def made(item: tuple[int, Index]) -> list[Batch]:
+            factor = factor_at(self.config.pretrain.coarse, item[0], total)
+            return self.batches(epoch, item[1], self.processes.device, self.dtype, factor)
+
+        numbered = enumerate(shares, start=(epoch - 1) * self.steps + self.progress.step)
+        for (step, index), batches in ahead(numbered, made, self.batches.ahead):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(self.config.pretrain, self.base_lr, step, total)
             sums = self._step(epoch, step, index, batches)

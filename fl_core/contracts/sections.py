@@ -141,6 +141,7 @@ class PretrainConfig:
     precision: str = choice("full", "full", "bf16", help="bf16: automatic mixed precision, parameters stay float32")
     activation_checkpointing: bool = flag(False, help="recompute activations in the backward pass: memory for time")
     compile: bool = flag(False, help="torch.compile")
+    coarse: str = text("", help="factor:share,...: first steps at lower resolution, such as 4:0.3,2:0.3")
     prefetch: int = number(2, low=0, high=64, help="batches made ahead by a thread where data lie on disk; 0 = none")
     lr: float = number(0.0, low=0.0, help="0 = optimizer.lr")
     lr_batch_size: int = number(0, low=0, help="the batch size that lr is meant for, scaled from there; 0 = this one")

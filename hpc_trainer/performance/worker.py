@@ -120,11 +120,22 @@ def profile(spec: dict[str, Any], processes: Processes, folder: Path) -> dict[st
     }
 
 
+def peak(spec: dict[str, Any], processes: Processes, folder: Path) -> dict[str, Any]:
+    """By how much resident memory grows at most, from before the model is made; (on a GPU, torch's allocations)."""
+    memory = PeakMemory()
+    memory.reset()
+    before = memory.now()
+    clock = PhaseClock(spec["steps"])
+    with contextlib.suppress(EnoughSteps):
+        trainer_of(spec, processes, folder, clock).run()
+    return {"peak": memory.peak() - before, "seconds": [s.seconds for s in clock.steps]}
+
+
 def all_reduce(spec: dict[str, Any], processes: Processes, folder: Path) -> dict[str, Any]:
     return probe.all_reduce(processes, spec["largest"], spec["seconds"])
 
 
-WORK = {"steps": steps, "profile": profile, "all_reduce": all_reduce}
+WORK = {"steps": steps, "profile": profile, "peak": peak, "all_reduce": all_reduce}
 
 
 def main() -> None:

@@ -49,6 +49,16 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "tensor, ghost norm": (TOY, ("pretrain.mesh=tensor=2", "model.norm=ghost", "model.hidden=17")),
+    "ddp, coarse to fine": (VOLUME, ("pretrain.coarse=2:0.4",)),
+    "spatial, coarse to fine, recomputation": (
+        VOLUME,
+        ("pretrain.mesh=spatial=2", "pretrain.coarse=2:0.4", "pretrain.activation_checkpointing=true"),
+    ),
+    "tensor, recomputation, a volume": (VOLUME, ("pretrain.mesh=tensor=2", "pretrain.activation_checkpointing=true")),
+    "fsdp, recomputation, a volume": (
+        VOLUME,
+        ("pretrain.parallel=fsdp", "pretrain.activation_checkpointing=true", "model.width=32", "model.norm=group"),
+    ),
     "pipeline, 1F1B": (
         VOLUME,
         ("pretrain.mesh=pipeline=2", "model.norm=group", "pretrain.schedule_of_stages=1f1b"),
