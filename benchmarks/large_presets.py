@@ -123,6 +123,40 @@ def measured(case: Case, preset: str, *, procs: int, steps: int, parallel: str, 
         return [json.loads((Path(folder) / f"rank-{rank}.json").read_text()) for rank in range(procs)]
 
 
+@dataclass(frozen=True)
+class Result:
+    """peak, predicted: bytes of a process."""
+
+    parameters: int
+    losses: list[float]
+    seconds: float
+    peak: int
+    predicted: int
+
+    @property
+    def first(self) -> float:
+        return fmean(self.losses[:3])
+
+    @property
+    def last(self) -> float:
+        return fmean(self.losses[-3:])
+
+
+def result(case: Case, preset: str, *, procs: int, steps: int) -> Result:
+    from hpc_trainer.performance.estimate import estimate
+
+    ranks = measured(case, preset, procs=procs, steps=steps, parallel="fsdp", mesh="")
+    overrides = settings(case, "fsdp", "")
+    predicted = estimate(application(case.application), preset, overrides, world=procs, parallel="fsdp")
+    return Result(
+        ranks[0]["parameters"],
+        ranks[0]["losses"],
+        median(ranks[0]["seconds"]),
+        max(rank["peak"] for rank in ranks),
+        predicted["memory_bytes"]["total"],
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks large_presets", description=(__doc__ or "").splitlines()[0]
@@ -136,25 +170,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.child:
         child(args.child)
         return 0
-    from hpc_trainer.performance.estimate import estimate
-
     preset, steps = ("default", 4) if args.quick else ("large", args.steps)
     passed = True
     for case in CASES:
         if args.app and case.application != args.app:
             continue
-        ranks = measured(case, preset, procs=args.procs, steps=steps, parallel="fsdp", mesh="")
-        predicted = estimate(
-            application(case.application), preset, settings(case, "fsdp", ""), world=args.procs, parallel="fsdp"
-        )
-        losses, total = ranks[0]["losses"], predicted["memory_bytes"]["total"]
-        peak = max(rank["peak"] for rank in ranks)
-        first, last = fmean(losses[:3]), fmean(losses[-3:])
-        passed = passed and (last < first or args.quick)
+        found = result(case, preset, procs=args.procs, steps=steps)
+        passed = passed and (found.last < found.first or args.quick)
         print(
-            f"{case.application} {preset}: {ranks[0]['parameters']:,} parameters, fsdp on {args.procs} processes, {len(losses)} steps: "
-            f"loss {first:.4f} -> {last:.4f} (means of the first and last 3), {median(ranks[0]['seconds']):.2f} s a step; "
-            f"peak {peak / 1e6:,.0f} MB, estimate {total / 1e6:,.0f} MB ({100 * (total / peak - 1):+.1f} %)",
+            f"{case.application} {preset}: {found.parameters:,} parameters, fsdp on {args.procs} processes, {len(found.losses)} steps: "
+            f"loss {found.first:.4f} -> {found.last:.4f} (means of the first and last 3), {found.seconds:.2f} s a step; "
+            f"peak {found.peak / 1e6:,.0f} MB, estimate {found.predicted / 1e6:,.0f} MB ({100 * (found.predicted / found.peak - 1):+.1f} %)",
             flush=True,
         )
     return 0 if passed else 1

@@ -59,10 +59,21 @@ def add_commands(subparsers: Subparsers) -> None:
         config=False,
     )
     parser.add_argument("--home", type=Path, metavar="HOME", help="also check this server's or agent's home")
+    parser.add_argument(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        dest="measured",
+        help="name the bottleneck in what 'scaling' or 'profile' left there",
+    )
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     findings = [*installation(), *processor(), *disk(), *clock(), *data()]
+    if args.measured is not None:
+        from fieldfleet.bottlenecks import bottlenecks
+
+        findings += bottlenecks(args.measured)
     if args.home is None:
         findings += [
             *ports(

@@ -18,6 +18,7 @@ from fl_core.learning.application import Application, application
 from fl_core.learning.partition import split_clients
 from fl_core.learning.sources import FoundData, data_folder, data_option, open_data
 from hpc_trainer import verify_command
+from hpc_trainer.binding import CHOICES, bind
 
 PROCESS_FAILED = "a training process ended with an error; its message is above"
 
@@ -32,6 +33,12 @@ def add_commands(subparsers: Subparsers) -> None:
     parser.add_argument("--procs", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     parser.add_argument(
         "--scratch", type=Path, metavar="DIR", help="a node's own disk: packed --data are copied there first, once"
+    )
+    parser.add_argument(
+        "--bind",
+        choices=CHOICES,
+        default="none",
+        help="cores: each process on its own share of the node's, by NUMA node",
     )
     verify_command.add_command(subparsers)
 
@@ -124,13 +131,17 @@ def concatenate(parts: list[Any]) -> Any:
 def train_here(args: argparse.Namespace, app: Application, config: Any, found: FoundData) -> int:
     import torch
 
-    from hpc_trainer.processes import join
+    from hpc_trainer.processes import join, on_this_node
     from hpc_trainer.signals import StopSignals
     from hpc_trainer.trainer import EpochRecord, Trainer, read_training_history
 
+    local_rank, local_size = on_this_node()
+    cores = len(os.sched_getaffinity(0)) // local_size
+    if args.bind == "cores":
+        cores = len(bind(local_rank, local_size))
     processes, stop = join(), StopSignals()
     if processes.world > 1 and processes.device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.world))
+        torch.set_num_threads(max(1, cores))
     try:
         data = training_data(app, config, found, args.seed)
         quiet = not processes.is_main

@@ -59,6 +59,14 @@ def under_launcher() -> bool:
     return "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
+def on_this_node() -> tuple[int, int]:
+    """(rank, size) among the processes of this node, as torchrun and Slurm tell."""
+    for rank, size in (("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")):
+        if rank in os.environ and os.environ.get(size, "").isdigit():
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
 def join() -> Processes:
     """Join the group named by torchrun's or Slurm's environment. Raises EnvironmentFault naming the missing variable.
 

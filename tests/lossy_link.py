@@ -46,7 +46,7 @@ class LossyLink:
         self.loss, self.delay_s, self.up = 0.0, 0.0, True
         self.lost = self.passed = 0
         self.namespace = f"fieldfleet-{os.getpid()}"
-        self._names = f"ffa{os.getpid()}"[:15], f"ffb{os.getpid()}"[:15]
+        self.interfaces = f"ffa{os.getpid()}"[:15], f"ffb{os.getpid()}"[:15]
         self._random, self._order = random.Random(seed), itertools.count()
         self._held: list[tuple[float, int, int, bytes]] = []
         self._stop = threading.Event()
@@ -54,7 +54,7 @@ class LossyLink:
         self._thread = threading.Thread(target=self._relay, name="lossy-link", daemon=True)
 
     def start(self) -> None:
-        outside, inside = self._names
+        outside, inside = self.interfaces
         ip("netns", "add", self.namespace)
         self._ends = tun(outside), tun(inside)
         ip("link", "set", inside, "netns", self.namespace)

@@ -72,6 +72,24 @@ def numa() -> list[dict[str, Any]]:
     return nodes
 
 
+def listed(text: str) -> list[int]:
+    """Cores as the kernel lists them: 0-3,8."""
+    found: list[int] = []
+    for part in text.split(",") if text else []:
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def cores_of_nodes() -> dict[int, list[int]]:
+    """NUMA node -> its cores that this process may use; one node where the kernel tells of none."""
+    mine = os.sched_getaffinity(0)
+    found = {entry["node"]: [c for c in listed(entry["cpus"]) if c in mine] for entry in numa()}
+    known = {core for cores in found.values() for core in cores}
+    found.setdefault(0, []).extend(sorted(mine - known))
+    return {node: cores for node, cores in found.items() if cores}
+
+
 def gpus() -> list[dict[str, Any]]:
     """Each GPU and which others it reaches without the host. Not yet tried on a machine that has one."""
     if not torch.cuda.is_available():
