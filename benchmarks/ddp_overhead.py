@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -131,7 +132,7 @@ def our_steps(
             rank=trainer.layout.share, world=trainer.layout.shares,
         )  # fmt: skip
         for number, index in enumerate(shares):
-            trainer._step(epoch, number, index)
+            trainer._step(epoch, number, index, partial(trainer.batches, epoch, index, processes.device, dtype))
             yield trainer.losses[-1]
         epoch += 1
 

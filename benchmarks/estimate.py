@@ -28,10 +28,10 @@ LEAF = ("model.width=64", "pretrain.batch_size=64")
 VOLUME = ("data.crop=64", "data.stride=64", "model.width=16", "data.reference=stored")
 AGAIN = "pretrain.activation_checkpointing=true"
 CASES = (
-    Case("plant_disease", ("model.width=32", "model.blocks=2", "pretrain.batch_size=64")),
+    Case("plant_disease", ("model.width=32", "model.blocks=2", "pretrain.batch_size=96")),
     Case("plant_disease", LEAF),
     Case("plant_disease", ("model.width=96", "model.blocks=2", "pretrain.batch_size=16")),
-    Case("plant_disease", ("model.width=64", "pretrain.batch_size=32", "optimizer.name=sgd", "optimizer.momentum=0.9")),
+    Case("plant_disease", (*LEAF, "optimizer.name=sgd", "optimizer.momentum=0.9")),
     Case("driver_conflict", ("model.width=256", "model.blocks=4", "pretrain.batch_size=4096")),
     Case("plant_disease", (*LEAF, AGAIN)),
     Case("plant_disease", ("model.width=96", "model.norm=group", "pretrain.batch_size=64", "pretrain.micro_batch=16")),

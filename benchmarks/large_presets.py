@@ -38,7 +38,7 @@ class Case:
 
 
 CASES = (
-    Case("plant_disease", 4, ("data.image_size=32", "data.clients=4", "data.images_per_client=10")),
+    Case("plant_disease", 8, ("data.image_size=32", "data.clients=4", "data.images_per_client=10")),
     Case(
         "seismic_facies",
         2,
@@ -53,7 +53,7 @@ CASES = (
         ("data.size=32", "data.clients=3", "data.problems_per_client=8", "data.iterations=6", "data.judged=0"),
     ),
 )
-EXAMPLES = 20  # few, so that twenty steps see each of them several times
+EXAMPLES = 24  # few, so that twenty steps see each of them several times
 
 
 def settings(case: Case, parallel: str, mesh: str) -> list[str]:
@@ -65,7 +65,7 @@ def settings(case: Case, parallel: str, mesh: str) -> list[str]:
             "pretrain.epochs=1000",
             "pretrain.checkpoint_every=1000",
         ),
-        *("pretrain.schedule=constant", "pretrain.warmup_fraction=0", "optimizer.lr=0.00003"),
+        *("pretrain.schedule=constant", "pretrain.warmup_fraction=0", "optimizer.lr=0.000003"),
     ]
     return [*made, *([f"pretrain.mesh={mesh}"] if mesh else [])]
 

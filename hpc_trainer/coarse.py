@@ -8,6 +8,7 @@ blocks, so are real-valued dense targets; of labels each block keeps its middle 
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -20,7 +21,8 @@ Level = tuple[int, float]
 REMEDY = 'write factor:share of the steps, such as "4:0.3,2:0.3", coarse levels first, shares below 1 together'
 
 
-def levels(text: str) -> list[Level]:
+@functools.cache
+def levels(text: str) -> tuple[Level, ...]:
     """(factor, share of all steps at whose end it ends), the coarsest first. Raises ConfigError."""
     found: list[Level] = []
     end = 0.0
@@ -32,7 +34,7 @@ def levels(text: str) -> list[Level]:
         found.append((int(match[1]), end))
     if end >= 1:
         raise ConfigError(f"pretrain.coarse = {text!r} leaves no step at full resolution", remedy=REMEDY)
-    return found
+    return tuple(found)
 
 
 def factor_at(text: str, step: int, total: int) -> int:
