@@ -181,11 +181,11 @@ class RunFolder:
         checkpoints.write_shards_manifest(partial, writing.manifest, self._digests(writing.name))
         atomic.fsync_folder(partial / SHARDS)
         target = self.path / writing.name
-        if target.exists():  # of the same step
-            if atomic.exchange(partial, target):
-                partial, target = target, partial
-            _remove(target)
-        if partial.name != writing.name:
+        if target.exists() and atomic.exchange(partial, target):  # of the same step
+            _remove(partial)
+        else:
+            if target.exists():
+                _remove(target)
             os.replace(partial, target)
         atomic.fsync_folder(self.path)
         atomic.point_to(self.path / checkpoints.LATEST, writing.name)
