@@ -23,7 +23,7 @@ from fl_core.learning.examples import Examples
 from fl_core.learning.torch_arrays import predict, set_arrays
 from fl_core.storage import atomic
 from hpc_trainer.processes import join
-from hpc_trainer.trainer import Trainer, TrainingData
+from hpc_trainer.trainer import Trainer, TrainingData, read_training_history
 
 NAMES = (
     *("compliance_error", "compliance_error_median", "solid_error", "solid_error_median"),
@@ -166,11 +166,9 @@ def train(config: Any, found: dict[str, Examples], data: Path, start: Path | Non
     train = found[f"train{side}"]
     if weight > 0:  # these targets carry the problem
         train = read(data / f"train{side}", side, f"model.compliance_weight={weight}")
-    began, clock = time.process_time(), time.monotonic()
-    losses: list[float] = []
+    began = time.process_time()
 
     def on_epoch(record: Any) -> None:
-        losses.append(record.loss)
         seconds = time.process_time() - began
         print(
             f"  {folder.name} epoch {record.epoch} loss {record.loss:.4f} {seconds:.0f} s", file=sys.stderr, flush=True
@@ -180,16 +178,18 @@ def train(config: Any, found: dict[str, Examples], data: Path, start: Path | Non
     trainer = Trainer(APPLICATION, config, parts, processes=join(), out=folder, seed=0, on_epoch=on_epoch)
     if start is not None and trainer.progress.epoch == trainer.progress.step == 0:
         set_arrays(trainer.model, checkpoints.load(start).arrays, origin=str(start))
+    resumed = trainer.progress.epoch > 0
     trainer.run()
-    seconds, wall = time.process_time() - began, time.monotonic() - clock
+    seconds, history = time.process_time() - began, read_training_history(folder)
+    wall = sum(record["seconds"] for record in history)  # of earlier starts too
     validated = {s: validation_error(trainer.model, s, found[f"val{side}"]) for s in SHARPNESS}
     sharpness = min(validated, key=lambda s: validated[s])
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": trainer.steps * config.pretrain.epochs,
-        "seconds": seconds,
+        "seconds": wall if resumed else seconds,  # by the clock where the processor's of an earlier start are not known
         "wall": wall,
-        "loss": losses[-1] if losses else float("nan"),
+        "loss": history[-1]["loss"],
         "examples": len(train),
         "validated": [[s, error] for s, error in validated.items()],
         "sharpness": sharpness,
