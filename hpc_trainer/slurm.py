@@ -85,7 +85,7 @@ def script(args: argparse.Namespace) -> str:
         "set -euo pipefail",
         *activate,
         "# the ranks meet on the first node; the port follows the job, so that two jobs of one node do not collide",
-        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         f"MASTER_PORT=$(({PORT_BASE} + SLURM_JOB_ID % {PORT_RANGE}))",
         "OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK",
         "export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS",
