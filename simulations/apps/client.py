@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 import sys
 import traceback
@@ -44,7 +43,7 @@ def answer(app: ClientApp, message: Message, client: Client, state: bytes) -> tu
         run_config=dict(client.run_config),
     )
     if state:
-        context.state, context.node_config = pickle.loads(state)  # noqa: S301 our own process wrote it
+        adapter.restore(context, state)
     seed_everything(client.seed)
     try:
         reply = app(message, context)
@@ -52,13 +51,12 @@ def answer(app: ClientApp, message: Message, client: Client, state: bytes) -> tu
             raise ValueError("the `run_config` of a Context cannot be changed")
         if not isinstance(reply, Message) or reply.metadata.reply_to_message_id != message.metadata.message_id:
             raise TypeError(f"the ClientApp returned {_shown(reply)}, not a reply to its message")
+        kept = b"" if not context.state and context.node_config == own else adapter.kept_of(context)
     except Exception as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"[:REASON_LIMIT]
         return failed(message, adapter.RAISED, f"partition {client.partition}: {reason}"), state
-    if not context.state and context.node_config == own:
-        return reply, b""
-    return reply, pickle.dumps((context.state, context.node_config), pickle.HIGHEST_PROTOCOL)
+    return reply, kept
 
 
 def failed(message: Message, code: int, reason: str) -> Message:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.client_app import LoadClientAppError
 from flwr.common.config import flatten_dict, get_project_config
 from flwr.common.constant import NUM_PARTITIONS_KEY, PARTITION_ID_KEY, SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import context_from_proto, context_to_proto
+from flwr.proto.message_pb2 import Context as ContextProto
 from flwr.serverapp import ServerApp
 from flwr.serverapp.server_app import LoadServerAppError
 from flwr.supercore.object_ref import load_app
@@ -57,3 +60,16 @@ def _load(reference: str, folder: Path, kind: type, refusal: type[Exception]) ->
 def node_config(partition: int, count: int) -> Mapping[str, int]:
     """What Flower's own simulation tells client ``partition`` of ``count``."""
     return {PARTITION_ID_KEY: partition, NUM_PARTITIONS_KEY: count}
+
+
+def kept_of(context: Context) -> bytes:
+    """What a client keeps of its Context, in Flower's own wire format. Raises TypeError or ValueError for what that cannot hold."""
+    made: bytes = context_to_proto(context).SerializeToString()
+    return made
+
+
+def restore(context: Context, kept: bytes) -> None:
+    """Puts back the state and the node's configuration that ``kept_of`` wrote."""
+    found = context_from_proto(ContextProto.FromString(kept))
+    state: RecordDict = found.state
+    context.state, context.node_config = state, found.node_config
