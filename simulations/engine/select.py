@@ -223,6 +223,6 @@ def signature(learner: Learner, population: Population, candidates: list[tuple[s
         [config.algorithm.batch_size, config.algorithm.name, config.algorithm.local_epochs],
         asdict(config.optimizer),
         candidates,
-        [torch.__version__, cpu_name(), usable_cores(), native.kernels() is not None],
+        [torch.__version__, cpu_name(), usable_cores(), native.version()],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

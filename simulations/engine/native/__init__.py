@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from simulations.engine.native.build import library
+from simulations.engine.native.build import version as version
 from simulations.engine.program.slots import Slot
 
 INT, REF = ctypes.c_int64, ctypes.c_void_p
