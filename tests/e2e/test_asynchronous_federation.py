@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fl_core.contracts.errors import Interrupted
 from fl_core.identity import keys
 from fl_core.learning.application import application
 from fl_core.learning.torch_arrays import get_arrays
@@ -34,8 +39,14 @@ class Fleet:
             self.agents[-1].start()
 
 
-def federate(folder: Path, overrides: list[str], rounds: int) -> tuple[Path, list[RoundRecord]]:
-    app = application("toy_regression")
+def federate(folder: Path, overrides: list[str], enough: Callable[[RoundRecord], bool]) -> list[RoundRecord]:
+    """Rounds until one of them is ``enough``: how soon a device's worker answers is not ours to say."""
+    app, stop = application("toy_regression"), threading.Event()
+
+    def look(record: RoundRecord) -> None:
+        if enough(record):
+            stop.set()
+
     config = app.configure(overrides)
     with running(new_home(folder / "home")) as superlink:
         fleet, grid = Fleet(superlink, folder), superlink.grid()
@@ -44,18 +55,29 @@ def federate(folder: Path, overrides: list[str], rounds: int) -> tuple[Path, lis
             grid.wait_devices(2, 60)
             engine = RoundEngine(
                 grid=grid, application=app, config=config, start=None, initial=get_arrays(app.build_model(config)),
-                num_rounds=rounds, seed=0, out=folder / "out", stage="federated",
+                num_rounds=10_000, seed=0, out=folder / "out", stage="federated", on_round=look, stop=stop,
             )  # fmt: skip
-            final = engine.run()
+            with pytest.raises(Interrupted):
+                engine.run()
             grid.close(completed=True)
         finally:
             for agent in fleet.agents:
                 agent.stop()
-    return final, engine.history.records
+    return engine.history.records
 
 
 def test_asynchronous_training_over_real_agents(tmp_path: Path) -> None:
-    _, history = federate(tmp_path, STREAM, 4)
-    assert [r.applied for r in history] == [True] * 4
-    assert all(len(r.clients) == 1 for r in history)
-    assert {name for r in history for name in r.clients} == set(CLIENTS)
+    heard = set[str]()
+
+    def both_counted(record: RoundRecord) -> bool:
+        heard.update(record.clients)
+        return len(heard) == len(CLIENTS) and record.round >= 4
+
+    history = federate(tmp_path, STREAM, both_counted)
+    assert heard == set(CLIENTS)
+    assert all(r.applied and len(r.clients) == 1 for r in history)
+    # Both were sent the first model at once, so the slower one's first reply is as stale as there were models since.
+    first = {name: next(r for r in history if name in r.clients) for name in CLIENTS}
+    assert {name: r.staleness.get(name, 0) for name, r in first.items()} == {
+        name: r.round - 1 for name, r in first.items()
+    }
