@@ -3,8 +3,8 @@
     python -m benchmarks.driver_conflict [DATA] [--folds 5] [--seeds 3] [--rounds 150] [--variants floor pooled federated] [--json] [--quick]
 
 DATA: default $FIELDFLEET_DATA/driving_100car, else generated drives.
-Every model is made by the fieldfleet commands with the default preset (or --preset) on all folds but one and scores that one; the
-scores of all folds are judged together. One file per (data, variant, seed, fold) under ``runs/benchmarks/driver_conflict``: a repeated call resumes.
+Every model is made by the fieldfleet commands with the default preset on all events of all folds but one (nothing is chosen on
+validation data, so none are kept back) and scores that one; the scores of all folds are judged together. One file per (data, variant, seed, fold) under ``runs/benchmarks/driver_conflict``: a repeated call resumes.
 """
 
 from __future__ import annotations
@@ -115,8 +115,7 @@ class Bench:
             str(seed),
             "--out",
             str(out),
-            "--set",
-            "data.holdout_fraction=0.0",
+            *("--set", "data.holdout_fraction=0.0", "--set", "data.validation_fraction=0.0"),
             *self.settings,
         ]
         if variant == "pooled":

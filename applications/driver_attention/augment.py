@@ -1,6 +1,7 @@
 """Augmentation in training only, keyed by the examples' seeds (never by rank or batch), blind to labels.
 
-Cameras and kinematics that are absent at random teach the model to do without any of them.
+Cameras and kinematics that are absent at random teach the model to do without any of them; without clips that have
+kinematics alone it learns to read them only beside what it sees, and leaves in them what they say by themselves.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def augment(inputs: dict[str, Array], seeds: Seeds, config: Config) -> dict[str,
     frames: Array = np.array(inputs["frames"])
     count, views = present.shape[:2]
     stays = (uniform(seeds, 0) * views).astype(np.int64)
+    blind = (uniform(seeds, 60) < d.drop_all_views) & ~np.isnan(kinematics).all(axis=(1, 2))
     for view in range(views):
-        absent = (uniform(seeds, 1 + view) < d.drop_view) & (stays != view)
+        absent = blind | ((uniform(seeds, 1 + view) < d.drop_view) & (stays != view))
         present[absent, view] = 0
         gain = 1 + d.light * (2 * uniform(seeds, 10 + view) - 1)
         shift = 60 * d.light * (2 * uniform(seeds, 20 + view) - 1)
@@ -51,7 +53,7 @@ def augment(inputs: dict[str, Array], seeds: Seeds, config: Config) -> dict[str,
     present *= ~late[:, None]
     kinematics[late] = np.nan
     frames[present == 0] = 0
-    kinematics[uniform(seeds, 30) < d.drop_kinematics] = np.nan
+    kinematics[(uniform(seeds, 30) < d.drop_kinematics) & ~blind] = np.nan
     return {**inputs, "frames": frames, "present": present, "kinematics": kinematics}
 
 

@@ -50,6 +50,9 @@ class DataConfig:
     drop_view: float = number(
         0.2, low=0.0, high=0.9, help="augmentation: chance that a view is absent; one always stays"
     )
+    drop_all_views: float = number(
+        0.1, low=0.0, high=0.9, help="augmentation: chance that no view is there, and the kinematics therefore are"
+    )
     drop_kinematics: float = number(0.2, low=0.0, high=1.0, help="augmentation: chance that the kinematics are absent")
     shift: float = number(
         0.06, low=0.0, high=0.5, help="augmentation: how far a camera may sit askew, as a share of the frame's sides"

@@ -25,6 +25,9 @@ class ModelConfig:
     norm: str = choice("group", *NORMS)
     dropout: float = number(0.0, low=0.0, high=0.9, help="share of the summary's values that training leaves out")
     incident_weight: float = number(0.3, low=0.0, high=10.0, help="of the kind of a conflict in the loss")
+    incident_balance: float = number(
+        0.5, low=0.0, high=1.0, help="kinds judged as frequent as they are (0) to all equally frequent (1)"
+    )
     label_smoothing: float = number(0.0, low=0.0, high=0.5, help="of the conflict")
     positive_weight: float = number(1.0, low=0.01, high=100.0, help="weight of a conflict window in the loss")
 

@@ -227,7 +227,10 @@ def test_a_clip_may_begin_late_and_readings_may_be_nonsense(examples: Examples, 
 
 def test_augmentation_leaves_a_view_and_drops_the_others_at_their_rate() -> None:
     config = APPLICATION.configure(
-        ["data.drop_view=0.5", "data.drop_kinematics=0.3", "data.frames=4", "data.late_start=0.0"]
+        [
+            *("data.drop_view=0.5", "data.drop_kinematics=0.3", "data.frames=4", "data.late_start=0.0"),
+            "data.drop_all_views=0.0",
+        ]
     )
     inputs = {
         "frames": np.full((600, 3, 4, 16, 16), 100, np.uint8),
@@ -242,8 +245,30 @@ def test_augmentation_leaves_a_view_and_drops_the_others_at_their_rate() -> None
     assert (found["frames"][there == 0] == 0).all()
 
 
+def test_augmentation_leaves_the_kinematics_alone_where_there_are_any() -> None:
+    config = APPLICATION.configure(["data.drop_all_views=0.4", "data.drop_kinematics=0.5", "data.late_start=0.0"])
+    inputs = {
+        "frames": np.full((400, 3, 4, 16, 16), 100, np.uint8),
+        "present": np.ones((400, 3, 4), np.float32),
+        "kinematics": np.zeros((400, 4, 6), np.float32),
+    }
+    inputs["kinematics"][200:] = np.nan
+    found = augment.augment(inputs, seeding.example_keys(1, np.arange(400)), config)
+    blind = found["present"].max(axis=(1, 2)) == 0
+    assert 0.3 < blind[:200].mean() < 0.5
+    assert not blind[200:].any()
+    assert not np.isnan(found["kinematics"][blind]).any()
+
+
 def test_augmentation_moves_all_frames_of_a_view_alike_and_begins_late() -> None:
-    config = APPLICATION.configure(["data.drop_view=0.0", "data.light=0.0", "data.late_start=0.5", "data.shift=0.1"])
+    settings = [
+        "data.drop_view=0.0",
+        "data.drop_all_views=0.0",
+        "data.light=0.0",
+        "data.late_start=0.5",
+        "data.shift=0.1",
+    ]
+    config = APPLICATION.configure(settings)
     clip = np.random.default_rng(0).integers(1, 256, (1, 3, 15, 32, 48)).astype(np.uint8)
     inputs = {"frames": np.repeat(clip, 200, 0), "present": np.ones((200, 3, 15), np.float32)}
     inputs["kinematics"] = np.zeros((200, 15, 6), np.float32)

@@ -393,6 +393,26 @@ def test_the_loss_adds_up_over_any_split() -> None:
     assert whole[1] == 5 + 5 * 2.5
 
 
+def test_balanced_kinds_cost_what_their_shares_say() -> None:
+    """Where the window tells nothing, equal logits are right for kinds judged as equally frequent."""
+    shares = np.array(pipeline.INCIDENT_SHARES)
+    assert shares.sum() == pytest.approx(1.0)
+    loss = APPLICATION.loss_function()
+
+    def cost(balance: float, logits: np.ndarray) -> float:
+        cfg = APPLICATION.configure([f"model.incident_balance={balance}", "model.incident_weight=1.0"])
+        kinds = torch.tensor(logits).expand(5, 5)
+        several = [
+            loss((torch.zeros(1), kinds[:1]), torch.tensor([pipeline.FIRST_INCIDENT + k]), cfg)[0] for k in range(5)
+        ]
+        return float(sum(s * (c - np.log(2)) for s, c in zip(shares, several, strict=True)))
+
+    entropy = -(shares * np.log(shares)).sum()
+    assert cost(1.0, np.zeros(5)) == pytest.approx(entropy, abs=1e-6)
+    assert cost(0.0, np.log(shares)) == pytest.approx(entropy, abs=1e-6)
+    assert cost(0.0, np.zeros(5)) == pytest.approx(np.log(5), abs=1e-6)
+
+
 def test_presets_are_of_the_sizes_that_the_readme_states() -> None:
     text = (Path(data.__file__).parent / "README.md").read_text(encoding="utf-8")
     for preset in ("compact", "default", "large"):
