@@ -1,6 +1,8 @@
 """driver_conflict on vehicles never trained on: folds over vehicles that never split a driver, seeds, mean and interval.
 
-    python -m benchmarks.driver_conflict [DATA] [--folds 5] [--seeds 3] [--rounds 150] [--variants floor pooled federated] [--json] [--quick]
+    python -m benchmarks.driver_conflict [DATA] [--folds 5] [--seeds 3] [--rounds 150] [--variants floor pooled ...] [--json] [--quick]
+
+The tuned variants start from a model of generated drives, which no recorded drive went into.
 
 DATA: default $FIELDFLEET_DATA/driving_100car, else generated drives.
 Every model is made by the fieldfleet commands with the default preset on all events of all folds but one (nothing is chosen on
@@ -29,8 +31,10 @@ from fl_core.learning.sources import GENERATED, open_data
 from fl_core.storage import archive, atomic
 
 RESULTS = Path("runs/benchmarks/driver_conflict")
-VARIANTS = ("floor", "pooled", "federated")
+VARIANTS = ("floor", "pooled", "federated", "pooled-tuned", "federated-tuned")
+BEFORE = ("data.clients=150", "pretrain.epochs=6")  # of the generated drives that a tuned model has seen first
 SILENT = ("front_radar", "rear_radar", "acceleration", "yaw")  # sensors without which the pooled model is judged again
+WHOLE = ("--set", "data.holdout_fraction=0.0", "--set", "data.validation_fraction=0.0")
 Outputs = dict[str, np.ndarray[Any, Any]]
 
 
@@ -83,7 +87,7 @@ class Bench:
 
     def scored(self, variant: str, seed: int, fold: int) -> Outputs:
         """Outputs of this variant's model of one fold on the vehicles that it never saw; ``ROW/NAME`` under other conditions."""
-        rounds = f"-{self.args.rounds}" if variant == "federated" else ""
+        rounds = f"-{self.args.rounds}" if variant.startswith("federated") else ""
         path = RESULTS / f"{self.name}-{variant}{rounds}-{seed}-{fold}of{self.args.folds}.npz"
         if not path.is_file():
             print(f"  {variant}, seed {seed}, fold {fold + 1}/{self.args.folds}", file=sys.stderr, flush=True)
@@ -108,17 +112,10 @@ class Bench:
         data, out = RESULTS / f"{self.name}-{fold}of{self.args.folds}", path.with_suffix("")
         if not data.is_dir():
             self.train_data(fold).write(data)
-        common = [
-            "--data",
-            str(data),
-            "--seed",
-            str(seed),
-            "--out",
-            str(out),
-            *("--set", "data.holdout_fraction=0.0", "--set", "data.validation_fraction=0.0"),
-            *self.settings,
-        ]
-        if variant == "pooled":
+        common = [*("--data", str(data), "--seed", str(seed), "--out", str(out)), *WHOLE, *self.settings]
+        if variant.endswith("-tuned"):
+            common += ["--from", str(self.before(seed))]
+        if variant.startswith("pooled"):
             fieldfleet("pretrain", "driver_conflict", *common)
         else:
             fieldfleet(
@@ -128,11 +125,22 @@ class Bench:
         loaded = checkpoints.load(out)
         config = APPLICATION.configure_from(loaded.manifest.config, origin=str(out))
         found = dict(predict_checkpoint(APPLICATION, config, loaded, self.held(fold)))
-        if variant == "pooled":
+        if variant.startswith("pooled"):
             for sensor in SILENT:
                 for name, values in predict_checkpoint(APPLICATION, config, loaded, self.held(fold, sensor)).items():
                     found[f"without {sensor}/{name}"] = values
         return found
+
+    def before(self, seed: int) -> Path:
+        """A model of generated drives alone."""
+        out = RESULTS / f"{self.name}-before-{seed}"
+        if not (out / "final").is_dir():
+            settings = [part for s in BEFORE for part in ("--set", s)]
+            fieldfleet(
+                *("pretrain", "driver_conflict", "--data", GENERATED, "--seed", str(seed), "--out", str(out)),
+                *(*WHOLE, *settings, *self.settings),
+            )
+        return out
 
     def metrics(self, variant: str, seed: int) -> dict[str, dict[str, float]]:
         """Row -> metrics over all folds."""

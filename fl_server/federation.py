@@ -6,11 +6,9 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
-from fl_core.contracts import checkpoint as checkpoints
-from fl_core.contracts.arrays import check_like
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.cli import output_folder
-from fl_core.contracts.errors import InputError, IntegrityError
+from fl_core.contracts.errors import InputError
 from fl_core.learning.application import Application, application
 from fl_server.stream import check_mode
 
@@ -31,7 +29,7 @@ def read_federation(args: argparse.Namespace) -> Federation:
     IntegrityError (a damaged checkpoint).
     """
     from fl_core.algorithms import build_algorithm
-    from fl_core.learning.torch_arrays import get_arrays
+    from fl_core.learning.start import start_from
     from fl_core.optimizers import check_name
 
     app = application(args.application)
@@ -42,14 +40,6 @@ def read_federation(args: argparse.Namespace) -> Federation:
     check_mode(config.algorithm, algorithm)
     if args.rounds < 1:
         raise InputError(f"--rounds {args.rounds}: at least one round is needed")
-    start = checkpoints.load(args.start) if args.start else None
-    if start is not None:
-        if start.manifest.application != app.name:
-            raise InputError(f"--from {args.start}: is a checkpoint of {start.manifest.application}, not of {app.name}")
-        try:
-            check_like(start.arrays, get_arrays(app.build_model(config)), origin=f"--from {args.start}")
-        except IntegrityError as error:
-            remedy = "its model has another configuration: repeat the --set model.* options it was made with"
-            raise InputError(error.message, remedy=remedy) from None
+    start = start_from(app, config, args.start) if args.start else None
     output_folder(args.out, resume=any(args.out.glob("round-*")) if args.out.is_dir() else False)
     return Federation(app, config, start)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_core.contracts import checkpoint as checkpoints
+from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.cli import Subparsers, command, emit, output_folder
 from fl_core.contracts.errors import DataError, EnvironmentFault, ExitCode, InputError
 from fl_core.contracts.progress import Progress
@@ -30,6 +31,9 @@ def add_commands(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="run folder; an interrupted run is taken up"
     )
+    parser.add_argument(
+        "--from", dest="start", type=Path, metavar="CKPT", help="start from this checkpoint (default: a fresh model)"
+    )
     parser.add_argument("--procs", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     parser.add_argument(
         "--scratch", type=Path, metavar="DIR", help="a node's own disk: packed --data are copied there first, once"
@@ -44,6 +48,7 @@ def add_commands(subparsers: Subparsers) -> None:
 
 
 def run_pretrain(args: argparse.Namespace) -> int:
+    from fl_core.learning.start import start_from
     from fl_core.optimizers import build_optimizer
     from hpc_trainer.processes import under_launcher
 
@@ -53,9 +58,10 @@ def run_pretrain(args: argparse.Namespace) -> int:
         raise InputError(f"--procs {args.procs}: at least one process is needed")
     if args.scratch:
         args.data = staged(app, args.data, args.scratch)
+    start = start_from(app, config, args.start) if args.start else None
     output_folder(args.out, resume=any(args.out.glob("epoch-*")) if args.out.is_dir() else False)
     if under_launcher() or args.procs == 1:
-        return train_here(args, app, config, open_data(app, config, args.data, seed=args.seed))
+        return train_here(args, app, config, open_data(app, config, args.data, seed=args.seed), start)
     from hpc_trainer.layout import mesh_sizes
     from hpc_trainer.refusals import refuse_arrangement
 
@@ -128,7 +134,9 @@ def concatenate(parts: list[Any]) -> Any:
     )
 
 
-def train_here(args: argparse.Namespace, app: Application, config: Any, found: FoundData) -> int:
+def train_here(
+    args: argparse.Namespace, app: Application, config: Any, found: FoundData, start: Checkpoint | None
+) -> int:
     import torch
 
     from hpc_trainer.processes import join, on_this_node
@@ -155,6 +163,7 @@ def train_here(args: argparse.Namespace, app: Application, config: Any, found: F
             trainer = Trainer(
                 app, config, data,
                 processes=processes, out=args.out, seed=args.seed, on_epoch=on_epoch, stop_asked=stop.asked,
+                start=start,
             )  # fmt: skip
             final = trainer.run()
         if not processes.is_main:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fl_core.contracts import checkpoint as checkpoints
-from fl_core.contracts.checkpoint import MODEL_PREFIX, SHARDS
+from fl_core.contracts.checkpoint import MODEL_PREFIX, SHARDS, Checkpoint
 from fl_core.contracts.config import describes, to_table
 from fl_core.contracts.errors import ConfigError, IntegrityError
 from fl_core.contracts.manifests import MANIFEST_NAME, CheckpointManifest, read_manifest
@@ -95,9 +95,13 @@ class RunFolder:
         clients: tuple[str, ...],
         seed: int,
         processes: Processes,
+        start: Checkpoint | None = None,
     ) -> None:
         self.path, self.processes = path, processes
-        self.application, self.config, self.clients, self.seed = application, config, clients, seed
+        self.parent_sha256, self.lineage = checkpoints.child_lineage(start)
+        seen = start.manifest.clients_seen if start else []
+        self.application, self.config, self.seed = application, config, seed
+        self.clients = sorted({*seen, *clients})
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
         self._committing: Future[None] | None = None
@@ -216,9 +220,13 @@ class RunFolder:
             return None
         last = folders[-1]
         manifest = read_manifest(CheckpointManifest, last)
-        if manifest.seed != self.seed or not self._is_of(manifest.config):
+        if (
+            manifest.seed != self.seed
+            or manifest.parent_sha256 != self.parent_sha256
+            or not self._is_of(manifest.config)
+        ):
             raise ConfigError(
-                f"{self.path}: holds a run with another configuration or seed",
+                f"{self.path}: holds a run with another configuration, seed or start",
                 remedy="name a new --out folder, or repeat the command that began this run",
             )
         shards = checkpoints.open_shards(last, manifest)
@@ -244,7 +252,9 @@ class RunFolder:
             stage="pretrain",
             step=epoch,
             seed=self.seed,
-            clients_seen=list(self.clients),
+            clients_seen=self.clients,
+            parent_sha256=self.parent_sha256,
+            lineage=self.lineage,
             metrics=metrics,
             versions={"torch": torch.__version__},
         )

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.errors import IntegrityError, Interrupted
 from fl_core.learning.application import Application
 from fl_core.learning.averaging import ModelAverage
 from fl_core.learning.examples import Examples
+from fl_core.learning.torch_arrays import set_arrays
 from fl_core.optimizers import build_optimizer
 from fl_core.storage.log import AppendLog, read_log
 from hpc_trainer import phases, snapshot
@@ -64,7 +66,7 @@ class Trainer:
 
     on_epoch, on_step: called on the main process. on_gradients(step, trainer): on every process, after the gradients of
     a step were summed and before they are used. phase: announced as in ``phases``. stop_asked: whether this process wants
-    a checkpoint and then the end.
+    a checkpoint and then the end. start: whose weights training begins with, in a run that is not taken up.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Trainer:
         on_gradients: Callable[[int, Trainer], None] | None = None,
         phase: phases.Phases = phases.unobserved,
         stop_asked: Callable[[], bool] = lambda: False,
+        start: Checkpoint | None = None,
     ) -> None:
         self.application, self.config, self.data = application, config, data
         self.processes, self.seed, self.dtype = processes, seed, dtype
@@ -90,7 +93,10 @@ class Trainer:
         self.on_epoch, self.on_step, self.on_gradients = on_epoch, on_step, on_gradients
         self.layout = arrange(config.pretrain, processes.rank, processes.world, processes.device.type)
         self.batches = Batches(application, config, data.train, self.layout, seed)
-        self.model: nn.Module = application.build_model(config).to(device=processes.device, dtype=dtype)
+        self.model: nn.Module = application.build_model(config)
+        if start is not None:
+            set_arrays(self.model, start.arrays, origin="the checkpoint to start from")
+        self.model.to(device=processes.device, dtype=dtype)
         refuse_what_breaks_integrity(self.model, config, self.layout, self.batches.count, dtype)
         refuse_what_is_too_coarse(self.model, self.batches.example(processes.device, dtype), config)
         recipe.synchronise(key_dropout(self.model), self.layout.summed)
@@ -104,7 +110,7 @@ class Trainer:
         self.evaluation = Evaluation(application, config, self.one_step, processes, self.layout)
         self.steps = steps_per_epoch(len(data.train), config.pretrain.batch_size)
         self.losses: list[float] = []  # the global loss of every step
-        self.folder = RunFolder(out, application, config, data.clients, seed, processes)
+        self.folder = RunFolder(out, application, config, data.clients, seed, processes, start)
         self.progress = self._resume()
 
     def run(self) -> Path:
