@@ -54,7 +54,7 @@ def small_overrides(app: Application) -> list[str]:
         elif type(value) is int and field.name == "size":
             chosen.append(f"data.size={min(value, 8)}")
         elif type(value) is int and field.name == "iterations":
-            chosen.append(f"data.iterations={min(value, 5)}")
+            chosen.append(f"data.iterations={min(value, 2)}")
         elif type(value) is int and field.name in ("crop", "stride", "samples"):
             chosen.append(f"data.{field.name}={min(value, 16)}")
         elif type(value) is int and field.name in ("inlines", "crosslines"):

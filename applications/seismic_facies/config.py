@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fl_core.contracts.config import choice, number, sequence
+from fl_core.contracts.config import choice, flag, number, sequence
 from fl_core.contracts.errors import ConfigError
 from fl_core.contracts.sections import (
     NORMS,
@@ -26,6 +26,10 @@ class ModelConfig:
     )
     width: int = number(8, low=4, high=256, help="channels at full resolution; each level below has twice as many")
     levels: int = number(4, low=2, high=6, help="resolutions; data.crop must be a multiple of 2^(levels-1)")
+    stem: int = number(
+        1, low=1, high=2, help="2: no convolutions at full resolution but the first, which steps by two, and the last"
+    )
+    attributes: bool = flag(False, help="give each level the gradient structure tensor (dip, coherence) of its scale")
     norm: str = choice("batch", *NORMS)
     class_weights: tuple[float, ...] = sequence(
         (), low=0.0, high=1e3, help="of each class in the loss, in the order of data.classes; [] = all equal"

@@ -17,7 +17,7 @@ from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
 
 Array = npt.NDArray[Any]
-TRAINING_VOXELS = 60_000
+TRAINING_VOXELS, TRAINING_VOLUMES = 60_000, 64  # sub-volumes whose attributes are computed
 TREES = 120
 SMALL, LARGE = 2, 5  # half widths of the neighbourhoods, in samples
 
@@ -91,9 +91,10 @@ def boosted_trees(config: Config, train: Examples, test: Examples, *, seed: int)
     rng = seeding.generator(seed, "seismic floor")
     made = {}
     for name, features in floors.items():
-        each = max(1, TRAINING_VOXELS // max(1, len(train)))
+        chosen = np.sort(rng.permutation(len(train))[:TRAINING_VOLUMES]).tolist()
+        each = max(1, TRAINING_VOXELS // max(1, len(chosen)))
         xs, ys = [], []
-        for i in range(len(train)):
+        for i in chosen:
             y = np.asarray(train.targets[i]).ravel()
             pick = rng.permutation(np.flatnonzero(y != UNLABELLED))[:each]
             if len(pick):

@@ -31,13 +31,20 @@ def segmentation_scores(counts: npt.NDArray[np.int64]) -> dict[str, float]:
         return {}
     hit, actual, found = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
     union = actual + found - hit
-    iou = hit[union > 0] / union[union > 0]
+    iou = class_iou(counts)[union > 0]
     return {
         "mean_iou": float(iou.mean()),
         "pixel_accuracy": float(hit.sum() / total),
         "mean_class_accuracy": float((hit[actual > 0] / actual[actual > 0]).mean()),
         "frequency_weighted_iou": float((actual[union > 0] * iou).sum() / total),
     }
+
+
+def class_iou(counts: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """(classes,): of a confusion matrix; not a number for a class that neither the truth nor the prediction holds."""
+    hit = np.diag(counts)
+    union = counts.sum(axis=1) + counts.sum(axis=0) - hit
+    return np.where(union > 0, hit / np.maximum(union, 1), np.nan)
 
 
 def slice_changes(truth: Labels, prediction: Labels) -> npt.NDArray[np.int64]:

@@ -127,12 +127,20 @@ def run(args: argparse.Namespace) -> int:
             "volumes": [b.name for b in blocks],
             "overlap": overlap,
             "scores": [t.scores() for t in tallies],
+            "confusion": [t.counts.tolist() for t in tallies],
         }
         atomic.write_json(folder / "report.json", document)
         write_report(folder, config, blocks, document)
-    lines = [f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in t.scores().items()) for name, t in zip(names(document), tallies, strict=True)]  # fmt: skip
+    lines = [line for name, t in zip(names(document), tallies, strict=True) for line in described(config, name, t)]
     emit(args, document, "\n".join([f"{args.out}: {len(blocks)} volumes of {found.origin}", *lines]))
     return 0
+
+
+def described(config: Config, name: str, tally: Tally) -> list[str]:
+    """Scores, and IoU of each class, where there are labels."""
+    rows = confusion_rows(config, tally.counts)
+    text = [f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in tally.scores().items())]
+    return [*text, f"{name}: IoU of " + ", ".join(f"{row[0]} {row[-1]:.3f}" for row in rows)] if rows else text
 
 
 def names(document: dict[str, Any]) -> list[str]:
@@ -164,6 +172,9 @@ def write_report(folder: Path, config: Config, blocks: list[Block], document: di
         keys = list(next(iter(shown.values())))
         page.section("Scores over whole volumes")
         page.table(["model", *keys], [[name, *(scores.get(k) for k in keys)] for name, scores in shown.items()])
+        page.section("Where true facies (rows) end up, in shares")
+        for name, counts in zip(names(document), document["confusion"], strict=True):
+            page.table([name, *config.data.classes, "IoU"], confusion_rows(config, np.array(counts)))
     page.section("Orthogonal slices")
     for block in blocks[:PICTURES]:
         panels = {"amplitude": Panel(volume=np.asarray(block.amplitude.data[:]), kind="signed")}
@@ -182,6 +193,16 @@ def write_report(folder: Path, config: Config, blocks: list[Block], document: di
             f"{block.name}. The middle row cuts across the inlines: a net that sees one inline at a time breaks there.",
         )
     page.write(folder / "report.html")
+
+
+def confusion_rows(config: Config, counts: npt.NDArray[np.int64]) -> list[list[Any]]:
+    """A row for each true class that occurs: its name, the shares of the predicted classes, its IoU."""
+    iou = metrics.class_iou(counts)
+    return [
+        [name, *(counts[k] / counts[k].sum()).tolist(), float(iou[k])]
+        for k, name in enumerate(config.data.classes)
+        if counts[k].any()
+    ]
 
 
 if __name__ == "__main__":

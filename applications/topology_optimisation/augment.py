@@ -16,10 +16,14 @@ Field = npt.NDArray[Any]
 Keys = npt.NDArray[np.uint64]
 Symmetry = tuple[tuple[int, ...], tuple[int, ...]]  # new axis a is old axis order[a], turned round where sign[a] = -1
 VOIGT = ((0, 0), (1, 1), (2, 2), (0, 1), (1, 2), (0, 2))
+SIGNS = tuple(itertools.product((1, -1), repeat=3))
 GROUPS: dict[str, tuple[Symmetry, ...]] = {
     "none": (((0, 1, 2), (1, 1, 1)),),
     "mirror": (((0, 1, 2), (1, 1, 1)), ((0, 1, 2), (1, -1, 1))),  # walls stay at x = 0, the ground at z = 0
-    "cube": tuple(itertools.product(itertools.permutations(range(3)), itertools.product((1, -1), repeat=3))),
+    "upright": tuple(
+        (order, sign) for order in ((0, 1, 2), (1, 0, 2)) for sign in SIGNS if sign[2] > 0
+    ),  # on the ground
+    "cube": tuple(itertools.product(itertools.permutations(range(3)), SIGNS)),
 }
 
 

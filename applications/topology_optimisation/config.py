@@ -45,8 +45,9 @@ class DataConfig:
         "coarse", "none", "coarse", "full", help="grid on which the solid box is analysed for the model's input"
     )
     symmetry: str = choice(
-        "mirror", "none", "mirror", "cube", help="augmentation: the plane that leaves wall and ground alone, or all 48"
-    )
+        "mirror", "none", "mirror", "upright", "cube",
+        help="augmentation: the plane that leaves wall and ground alone, the 8 that leave the ground, or all 48",
+    )  # fmt: skip
     judged: int = number(
         16, low=0, high=1_000_000, help="examples whose compliance is computed by a metrics call; the others' is not"
     )

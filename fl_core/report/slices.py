@@ -71,7 +71,7 @@ def _look(panel: Panel, classes: int) -> dict[str, Any]:
         shown = ListedColormap(_colours(classes), name="classes").with_extremes(over="#ffffff")
         return {**common, "cmap": shown, "norm": BoundaryNorm(bounds, max(classes, 1))}
     if panel.kind == "mask":
-        return {**common, "cmap": ListedColormap(["#f4f4f4", COLOURS[1]], name="mask"), "vmin": 0, "vmax": 1}
+        return {**common, "cmap": ListedColormap(["#f4f4f4", "#222222"], name="mask"), "vmin": 0, "vmax": 1}
     if panel.kind == "share":
         return {**common, "cmap": "Greys", "vmin": 0, "vmax": 1}
     limit = float(np.percentile(np.abs(panel.volume), 99)) or 1.0

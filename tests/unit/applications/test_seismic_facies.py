@@ -22,9 +22,13 @@ from applications.seismic_facies import (
 from applications.seismic_facies.config import FACIES
 from applications.seismic_facies.data import Volumes
 from applications.seismic_facies.pipeline import UNLABELLED
+from edge_export.onnx_file import write_onnx
 from fl_core.contracts.errors import ConfigError
 from fl_core.learning import seeding
 from fl_core.learning.local_update import augmented
+from fl_core.learning.torch_arrays import predict
+from fl_core.runtime.parity import compare
+from fl_core.runtime.session import Session
 from tests.seismic import CONFIG, configured
 
 Array = npt.NDArray[Any]
@@ -125,6 +129,9 @@ def test_scores_are_scikit_learns() -> None:
     assert found["frequency_weighted_iou"] == pytest.approx(jaccard_score(y, p, average="weighted"))
     assert found["mean_class_accuracy"] == pytest.approx(recall_score(y, p, average="macro"))
     np.testing.assert_array_equal(metrics.confusion(y, p, 5), confusion_matrix(y, p))
+    each = metrics.class_iou(metrics.confusion(truth, prediction, 6))
+    np.testing.assert_allclose(each[:5], jaccard_score(y, p, average=None))
+    assert np.isnan(each[5])
 
 
 def test_slice_changes_against_plain_loops() -> None:
@@ -189,6 +196,16 @@ def test_the_twin_knows_one_inline_at_a_time() -> None:
         difference = (model(changed) - model(x)).abs().amax((0, 1, 3, 4))
     assert difference[5] > 0
     assert difference[[i for i in range(16) if i != 5]].max() == 0
+
+
+@pytest.mark.slow
+def test_stepping_nets_with_dips_become_onnx(tmp_path: Path) -> None:
+    config = configured("model.width=4", "model.levels=2", "model.stem=2", "model.attributes=true")
+    examples = APPLICATION.generate(config, 0).examples(config).take([0, 1])
+    model = APPLICATION.build_model(config).eval()
+    write_onnx(model, APPLICATION, config, examples, tmp_path / "m.onnx", opset=config.export.opset)
+    found = Session(tmp_path / "m.onnx").run(examples.inputs)
+    assert compare(predict(model, APPLICATION, config, examples), found).relative_max <= config.export.parity_tolerance
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:

@@ -20,7 +20,7 @@ from applications.seismic_facies import (
 )
 from applications.seismic_facies.config import Config
 from applications.seismic_facies.data import Volumes
-from applications.seismic_facies.model import receptive_radius
+from applications.seismic_facies.model import dips, energies, receptive_radius
 from applications.seismic_facies.pipeline import UNLABELLED, probabilities
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.config import to_table
@@ -39,9 +39,9 @@ def made() -> Volumes:
     return found
 
 
-def small_net(norm: str) -> tuple[Config, torch.nn.Module]:
+def small_net(norm: str, stem: int = 1) -> tuple[Config, torch.nn.Module]:
     """Two levels see 8 samples to each side; running statistics that are not those of a fresh model."""
-    config = configured(f"model.norm={norm}", "model.width=4", "model.levels=2")
+    config = configured(f"model.norm={norm}", "model.width=4", "model.levels=2", f"model.stem={stem}")
     model = APPLICATION.build_model(config).train()
     torch.manual_seed(0)
     for _ in range(3):
@@ -57,8 +57,8 @@ def predictor(model: torch.nn.Module) -> tiles.Predict:
     return predict
 
 
-def whole_and_tiled(norm: str, *, side: int, overlap: int, margin: int) -> tuple[Array, Array]:
-    _, model = small_net(norm)
+def whole_and_tiled(norm: str, *, side: int, overlap: int, margin: int, stem: int = 1) -> tuple[Array, Array]:
+    _, model = small_net(norm, stem)
     cube = np.random.default_rng(0).standard_normal((60, 40, 44)).astype(np.float32)
     whole = predictor(model)(cube[None, None])[0]
     parts = list(
@@ -69,24 +69,41 @@ def whole_and_tiled(norm: str, *, side: int, overlap: int, margin: int) -> tuple
     return whole, np.concatenate([p for _, p in parts], axis=1)
 
 
-@pytest.mark.parametrize("norm", ["batch", "none"])
-def test_tiles_cut_at_the_field_of_view_equal_the_whole_volume(norm: str) -> None:
-    radius = receptive_radius(2)
-    whole, tiled = whole_and_tiled(norm, side=32, overlap=2 * radius, margin=radius)
+@pytest.mark.parametrize(("norm", "stem"), [("batch", 1), ("batch", 2), ("none", 1)])
+def test_tiles_cut_at_the_field_of_view_equal_the_whole_volume(norm: str, stem: int) -> None:
+    radius = receptive_radius(small_net(norm, stem)[0].model)
+    whole, tiled = whole_and_tiled(norm, side=32, overlap=2 * radius, margin=radius, stem=stem)
     np.testing.assert_allclose(tiled, whole, atol=2e-6)
 
 
-def test_the_field_of_view_is_as_wide_as_it_says() -> None:
-    for levels, side in ((2, 48), (3, 96)):
+@pytest.mark.parametrize("attributes", ["false", "true"])
+def test_the_field_of_view_is_as_wide_as_it_says(attributes: str) -> None:
+    for levels, stem, side in ((2, 1, 48), (3, 1, 96), (2, 2, 48), (3, 2, 96)):
         torch.manual_seed(0)
-        model = APPLICATION.build_model(configured("model.width=4", f"model.levels={levels}", "model.norm=none")).eval()
+        overrides = ("model.width=4", f"model.levels={levels}", f"model.stem={stem}", "model.norm=none")
+        config = configured(*overrides, f"model.attributes={attributes}")
+        model, radius = APPLICATION.build_model(config).eval(), receptive_radius(config.model)
         x = torch.randn(1, 1, side, 8, 8)
         x.requires_grad_()
         middle = side // 2
         model(x)[0, :, middle : middle + 2 ** (levels - 1)].abs().sum().backward()
         seen = np.flatnonzero(x.grad.abs().amax((0, 1, 3, 4)).numpy())
         reach = max(middle - seen.min(), seen.max() - (middle + 2 ** (levels - 1) - 1))
-        assert reach <= receptive_radius(levels) <= reach + 2**levels
+        assert reach <= radius <= reach + 2**levels
+
+
+def test_dips_are_those_of_a_tilted_layer() -> None:
+    """Of a plane wave the structure tensor is the outer product of its direction with itself."""
+    direction = np.array([0.2, -0.3, 0.5])
+    x, y, z = np.meshgrid(*[np.arange(24.0)] * 3, indexing="ij")
+    wave = np.sin(direction[0] * x + direction[1] * y + direction[2] * z)
+    means = torch.nn.functional.avg_pool3d(energies(torch.from_numpy(wave)[None, None]), 8)
+    found = dips(means)[0, :, 1, 1, 1].numpy()
+    slopes = np.sin(direction)  # of central differences
+    wanted = [slopes[a] * slopes[b] / (slopes**2).sum() for a in range(3) for b in range(a, 3)][:-1]
+    np.testing.assert_allclose(found[:-2], wanted, atol=0.02)
+    assert found[-2] - found[-1] == pytest.approx(np.log((slopes**2).sum()) / 4, abs=0.02)
+    assert dips(energies(torch.from_numpy(wave[0])[None, None])).shape == (1, 4, 24, 24)
 
 
 @pytest.mark.parametrize(("norm", "limit"), [("batch", 0.02), ("group", 0.05)])
@@ -149,9 +166,11 @@ def test_segment_labels_whole_volumes_scores_and_draws_them(
         assert labels.shape == block.amplitude.shape
         counts += metrics.confusion(np.asarray(block.labels), labels, 6)
         changes += metrics.slice_changes(np.asarray(block.labels), labels)
+    assert document["confusion"][0] == counts.tolist()
     assert document["scores"][0] == {**metrics.segmentation_scores(counts), **metrics.continuity_scores(changes)}
     page = (tmp_path / "out" / "report.html").read_text()
     assert page.count("<img") == 2
+    assert "<td>chaotic</td>" in page
     assert "<td>ours</td>" in page
     assert "<td>twin</td>" in page
     assert segment.main(command) == 2  # the folder is not empty
