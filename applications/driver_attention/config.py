@@ -27,7 +27,11 @@ class ModelConfig:
     blocks: int = number(0, low=0, high=8, help="residual blocks behind each of the backbone's later stages")
     features: int = number(32, low=4, high=4096, help="numbers that the backbone makes of one frame of one view")
     hidden: int = number(64, low=8, high=4096, help="state of the recurrent unit over time")
+    motion: int = number(32, low=4, high=4096, help="state of the recurrent unit over the kinematics alone")
     norm: str = choice("group", *NORMS)
+    motion_weight: float = number(
+        0.5, low=0.0, high=10.0, help="of the conflict by the kinematics alone in the loss, beside by everything"
+    )
     state_weight: float = number(0.5, low=0.0, high=10.0, help="of the driver's state in the loss, beside the conflict")
 
 
@@ -51,7 +55,7 @@ class DataConfig:
         0.2, low=0.0, high=0.9, help="augmentation: chance that a view is absent; one always stays"
     )
     drop_all_views: float = number(
-        0.1, low=0.0, high=0.9, help="augmentation: chance that no view is there, and the kinematics therefore are"
+        0.05, low=0.0, high=0.9, help="augmentation: chance that no view is there, and the kinematics therefore are"
     )
     drop_kinematics: float = number(0.2, low=0.0, high=1.0, help="augmentation: chance that the kinematics are absent")
     shift: float = number(

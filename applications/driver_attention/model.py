@@ -1,4 +1,4 @@
-"""A 2-D backbone shared by all views, fusion with the kinematics, a gated recurrent unit over time, and two heads."""
+"""A 2-D backbone shared by all views, fusion with the kinematics, gated recurrent units over time, and two heads."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class Backbone(nn.Module):
 class AttentionNet(nn.Module):
     """frames (N, V, T, H, W) uint8, present (N, V, T), kinematics (N, T, C) raw with NaN -> conflict (N,), state (N, 3).
 
-    Where ``present`` is 0 a frame's pixels are not looked at.
+    Where ``present`` is 0 a frame's pixels are not looked at. In training a third output, (N,): what the kinematics alone
+    add to the logit of the conflict, for a loss of its own: beside pictures, which tell more, they would hardly be learned
+    (Wang, Tran and Feiszli, CVPR 2020).
     """
 
     low: Tensor
@@ -68,6 +70,8 @@ class AttentionNet(nn.Module):
         self.backbone = Backbone(config)
         self.fuse = nn.Linear(self.views * (m.features + 1) + 2 * len(CHANNELS), m.hidden)
         self.over_time = nn.GRU(m.hidden, m.hidden, batch_first=True)
+        self.felt_over_time = nn.GRU(2 * len(CHANNELS), m.motion, batch_first=True)
+        self.by_motion = nn.Linear(2 * m.motion, 1)
         self.conflict = nn.Linear(2 * m.hidden, 1)
         self.state = nn.Linear(2 * m.hidden, len(STATES))
 
@@ -89,11 +93,18 @@ class AttentionNet(nn.Module):
         value = torch.where(there, kinematics, torch.zeros_like(kinematics)) / self.scale
         return torch.cat([value, there.to(kinematics.dtype)], dim=2)
 
-    def forward(self, frames: Tensor, present: Tensor, kinematics: Tensor) -> tuple[Tensor, Tensor]:
-        together = torch.cat([self.seen(frames, present), self.felt(kinematics)], dim=2)
-        states = self.over_time(torch.relu(self.fuse(together)))[0]
-        summary = torch.cat([states[:, -1], states.amax(dim=1)], dim=1)
-        return self.conflict(summary).squeeze(1), self.state(summary)
+    def forward(self, frames: Tensor, present: Tensor, kinematics: Tensor) -> tuple[Tensor, ...]:
+        felt = self.felt(kinematics)
+        together = torch.cat([self.seen(frames, present), felt], dim=2)
+        summary = ends(self.over_time(torch.relu(self.fuse(together)))[0])
+        by_motion = self.by_motion(ends(self.felt_over_time(felt)[0])).squeeze(1)
+        conflict = self.conflict(summary).squeeze(1) + by_motion
+        return (conflict, self.state(summary), by_motion) if self.training else (conflict, self.state(summary))
+
+
+def ends(states: Tensor) -> Tensor:
+    """(N, T, F) -> (N, 2 F): the last, and the largest of each feature."""
+    return torch.cat([states[:, -1], states.amax(dim=1)], dim=1)
 
 
 def build_model(config: Config) -> nn.Module:

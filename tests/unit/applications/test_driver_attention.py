@@ -225,6 +225,28 @@ def test_a_clip_may_begin_late_and_readings_may_be_nonsense(examples: Examples, 
     assert all(np.isfinite(v).all() for v in outputs.values())
 
 
+def test_what_the_kinematics_add_depends_on_nothing_else_and_is_learned_by_itself(examples: Examples) -> None:
+    few = examples.take(slice(0, 6))
+    frames, present, motion = (
+        torch.from_numpy(np.ascontiguousarray(few.inputs[k])) for k in ("frames", "present", "kinematics")
+    )
+    net = APPLICATION.build_model(CONFIG).train()
+    conflict, state, alone = net(frames, present, motion)
+    dark = net(torch.zeros_like(frames), torch.zeros_like(present), motion)
+    torch.testing.assert_close(dark[2], alone)
+    assert not torch.allclose(dark[0], conflict)
+    assert len(net.eval()(frames, present, motion)) == 2
+    loss, targets = APPLICATION.loss_function(), torch.from_numpy(few.targets)
+    without = APPLICATION.configure(["model.motion_weight=0"])
+    plain, weighted = (loss((conflict, state, alone), targets, c)[0] for c in (without, CONFIG))
+    torch.testing.assert_close(loss((conflict, state), targets, CONFIG)[0], plain)
+    (weighted - plain).backward()
+    reached = {
+        name.split(".")[0] for name, p in net.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
+    assert reached == {"felt_over_time", "by_motion"}
+
+
 def test_augmentation_leaves_a_view_and_drops_the_others_at_their_rate() -> None:
     config = APPLICATION.configure(
         [
