@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ NAMES = (
     *("failed", "volume_error", "binarity", "floating"),
 )
 LEARNING_RATES = {"adamw": 0.003, "lamb": 0.01, "soap": 0.003, "kfac": 0.01}
-SHARPNESS = (2.5, 4.0, 8.0)  # tried on the validation problems
+SHARPNESS = (4.0, 8.0)  # tried on the validation problems
 REFERENCES: dict[tuple[str, int], float] = {}
 Cell = dict[str, Any]
 
@@ -75,7 +76,7 @@ def data_sets(coarse: int, fine: int, *, quick: bool) -> dict[str, DataSet]:
     if quick:
         train, few, val, test = (4, 2), (4, 1), (4, 4, 1), (8, 4, 1)
     else:
-        train, few, val, test = (16, 16), (16, 6), (16, 16, 1), (32, 8, 2)
+        train, few, val, test = (16, 16), (16, 3), (16, 16, 1), (32, 8, 2)
     made = {
         f"train{coarse}": DataSet(side=coarse, first=0, clients=train[0], problems=train[1], seed=0),
         f"train{fine}": DataSet(side=fine, first=0, clients=few[0], problems=few[1], seed=0, coarse=f"train{coarse}"),
@@ -107,13 +108,7 @@ def make(folder: Path, plan: Plan) -> None:
 
 
 def configured(side: int, *overrides: str) -> Any:
-    fixed = [
-        f"data.size={side}",
-        "data.judged=0",
-        "pretrain.checkpoint_every=1",
-        "pretrain.average_last=0.0",
-        "data.symmetry=upright",
-    ]
+    fixed = [f"data.size={side}", "data.judged=0", "pretrain.checkpoint_every=5", "pretrain.average_last=0.0"]
     return APPLICATION.configure([*fixed, *overrides])
 
 
@@ -122,10 +117,17 @@ def read(folder: Path, side: int, *overrides: str) -> Examples:
 
 
 def judged(density: np.ndarray[Any, Any], examples: Examples) -> dict[str, float]:
+    return plain_scores(density, examples) | solid_scores(density, examples)
+
+
+def plain_scores(density: np.ndarray[Any, Any], examples: Examples) -> dict[str, float]:
     config = configured(int(density.shape[1]), f"data.judged={len(examples)}")
-    found = metrics.metrics(config, {"density": density}, examples)
+    return metrics.metrics(config, {"density": density}, examples)
+
+
+def solid_scores(density: np.ndarray[Any, Any], examples: Examples) -> dict[str, float]:
     solid = [solid_error(d, examples, i) for i, d in enumerate(density)]
-    return found | {"solid_error": float(np.mean(solid)), "solid_error_median": float(np.median(solid))}
+    return {"solid_error": float(np.mean(solid)), "solid_error_median": float(np.median(solid))}
 
 
 def solid_error(density: np.ndarray[Any, Any], examples: Examples, index: int) -> float:
@@ -198,8 +200,15 @@ def train(config: Any, found: dict[str, Examples], data: Path, start: Path | Non
     trainer.run()
     seconds, history = time.process_time() - began, read_training_history(folder)
     wall = sum(record["seconds"] for record in history)  # of earlier starts too
-    validated = {s: validation_error(trainer.model, s, found[f"val{side}"]) for s in SHARPNESS}
+    model, test = trainer.model, found[f"test{side}"]
+
+    def judge(part: str, make: Callable[[], Any]) -> Any:
+        return kept(folder.with_name(f"{folder.name}.{part}.json"), make)
+
+    validated = {s: judge(f"val-{s}", partial(validation_error, model, s, found[f"val{side}"])) for s in SHARPNESS}
     sharpness = min(validated, key=lambda s: validated[s])
+    density = designs(model, sharpness, test)
+    scores = judge("test", partial(plain_scores, density, test)) | judge("solid", partial(solid_scores, density, test))
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": trainer.steps * config.pretrain.epochs,
@@ -209,7 +218,7 @@ def train(config: Any, found: dict[str, Examples], data: Path, start: Path | Non
         "examples": len(train),
         "validated": [[s, error] for s, error in validated.items()],
         "sharpness": sharpness,
-        "metrics": judged(designs(trainer.model, sharpness, found[f"test{side}"]), found[f"test{side}"]),
+        "metrics": scores,
     }
 
 

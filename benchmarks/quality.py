@@ -62,7 +62,7 @@ PLANS = {
     "plant_disease": Plan(rounds=10),
     "plant_segmentation": Plan(rounds=20),
     "plant_anomaly": Plan(rounds=20, head=True),
-    "topology_optimisation": Plan(rounds=10),
+    "topology_optimisation": Plan(rounds=10, written=True),
     "seismic_facies": Plan(rounds=20, presets={"2-D twin": "twin"}),
 }
 QUICK = ["toy_regression", "driver_conflict"]

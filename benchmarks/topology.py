@@ -97,9 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.as_it_is:
         make(data, plan)
     found = {name: read(data / name, s.side) for name, s in plan.sets.items() if s.side in plan.sides}
-    if args.judged:  # files lie in the order of companies, so that every family is among the first four
+    if args.judged:
         few = {name: one for name, one in found.items() if not name.startswith("train")}
-        found |= {name: one.take(slice(0, args.judged)) for name, one in few.items()}
+        found |= {name: one.take(spread(one, args.judged)) for name, one in few.items()}
     for name, examples in found.items():
         cost = examples.columns["solver_seconds"]
         known = f"{cost.sum():.0f} s of solving for {np.count_nonzero(cost)} of them"
@@ -115,6 +115,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beyond(cells, data, args.large, plan, out)
     report(cells, floors, speeds, found, plan, out)
     return 0
+
+
+def spread(examples: Examples, count: int) -> Any:
+    """The first ``count`` problems, one of each company before the second of any: neighbouring companies are of all families."""
+    names = examples.columns["client"].tolist()
+    turn = [names[:i].count(name) for i, name in enumerate(names)]
+    return np.sort(np.argsort(turn, kind="stable")[:count])
 
 
 def print_table(cells: list[Cell], floors: dict[int, dict[str, float]]) -> None:
