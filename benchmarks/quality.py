@@ -222,8 +222,7 @@ def print_table(name: str, *, quick: bool) -> None:
     for group in dict.fromkeys(g for seeds in rows.values() for found in seeds for g in found):
         for variant, seeds in rows.items():
             found = [s[group] for s in seeds if group in s]
-            if not found:  # every client of this group was trained on
-                print(f"  {group:28} {variant:34} none unseen")
+            if not found:  # judged on all unseen clients alone, or every client of this group was trained on
                 continue
             values = {m: [f["metrics"][m] for f in found if m in f["metrics"]] for m in found[0]["metrics"]}
             print(
