@@ -73,6 +73,7 @@ def settings(case: Case, parallel: str, mesh: str) -> list[str]:
 def child(path: Path) -> None:
     """One rank: trains, and writes what it saw."""
     from hpc_trainer.commands import training_data
+    from hpc_trainer.performance import worker  # noqa: F401  what an arrangement imports is no part of what it holds
     from hpc_trainer.performance.phase_clock import EnoughSteps, PhaseClock
     from hpc_trainer.processes import join
     from hpc_trainer.trainer import Trainer

@@ -59,7 +59,6 @@ class SynchronisedBatchNorm(_BatchNorm):
         if input.dim() < 2 or input.shape[1] != self.num_features:
             raise ValueError(f"expected (N, {self.num_features}, ...), got {tuple(input.shape)}")
 
-    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         if not self.training and self.running_mean is not None:
@@ -90,18 +89,27 @@ class SynchronisedBatchNorm(_BatchNorm):
             running.copy_((1 - share) * running.double() + share * found)
 
 
+def leave_out_of_compilation(model: nn.Module) -> None:
+    """Before ``model.compile()``: counts and collectives stay outside its graphs. Not a decorator: that imports the compiler."""
+    for layer in model.modules():
+        if isinstance(layer, SynchronisedBatchNorm):
+            layer.forward = torch.compiler.disable(layer.forward)  # type: ignore[method-assign]
+
+
 def global_statistics(x: Tensor, group: ProcessGroup | None) -> tuple[float, Tensor, Tensor]:
     """(count, mean, biased variance) of each channel over the group; count values a channel, (C,) float64 the others."""
-    facts = gathered = local_statistics(x)
-    if group is not None:
-        gathered = facts.new_empty(dist.get_world_size(group) * len(facts))
-        dist.all_gather_into_tensor(gathered, facts, group=group)
+    facts = local_statistics(x)
+    if group is None:
+        count, (mean, squares) = x.numel() // x.shape[1], facts[1:].view(2, -1)
+        return float(count), mean, squares / max(1, count)
+    gathered = facts.new_empty(dist.get_world_size(group) * len(facts))
+    dist.all_gather_into_tensor(gathered, facts, group=group)
     table = gathered.view(-1, len(facts))
     counts, means, squares = table[:, :1], table[:, 1 : 1 + x.shape[1]], table[:, 1 + x.shape[1] :]
-    count = counts.sum()
-    mean = (counts * means).sum(0) / count.clamp_min(1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total.clamp_min(1)
     squared = (squares + counts * (means - mean) ** 2).sum(0)
-    return float(count), mean, squared / count.clamp_min(1)
+    return float(total), mean, squared / total.clamp_min(1)
 
 
 def local_statistics(x: Tensor) -> Tensor:

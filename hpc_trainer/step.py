@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -30,9 +30,11 @@ from hpc_trainer import phases
 from hpc_trainer.coarse import coarsened
 from hpc_trainer.layout import SAMPLES, Layout
 from hpc_trainer.placement.base import Placement, forward
-from hpc_trainer.placement.stages import Staged
 from hpc_trainer.recipe import Recipe, global_sum
 from hpc_trainer.sampler import largest_share
+
+if TYPE_CHECKING:
+    from hpc_trainer.placement.stages import Staged
 
 Index = npt.NDArray[np.int64]
 
@@ -121,8 +123,8 @@ class Step:
         want to ``stop`` and are still ``writing`` a checkpoint."""
         sums = torch.zeros(4, dtype=torch.float64, device=batches[0].targets.device)
         sums[2], sums[3] = float(stop), float(writing)
-        if isinstance(self.placement, Staged):
-            self._in_stages(self.placement, batches, sums)
+        if self.placement.layout.pipeline is not None:
+            self._in_stages(cast("Staged", self.placement), batches, sums)
             return sums
         for number, batch in enumerate(batches):
             with self.placement.accumulating(last=number == len(batches) - 1), micro_batch(facts(batch)):

@@ -77,13 +77,17 @@ def train(specification: dict[str, Any], processes: Processes, folder: Path) -> 
         atomic.write_bytes(folder / RECORD, array_format.to_bytes(recorder.table))
 
 
+def train_all(processes: Processes, *folders: Path) -> None:
+    for folder in folders:
+        train(json.loads((folder / "specification.json").read_text()), processes, folder)
+
+
 def main() -> int:
     set_off_switches()
     torch.set_num_threads(1)
     processes = join()
     try:
-        for folder in map(Path, sys.argv[1:]):
-            train(json.loads((folder / "specification.json").read_text()), processes, folder)
+        train_all(processes, *map(Path, sys.argv[1:]))
     except FieldfleetError as error:
         print(f"verify-loss: {error.message}", file=sys.stderr)
         return int(error.exit_code)

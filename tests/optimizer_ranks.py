@@ -1,11 +1,7 @@
-"""A small net trained in float64 by one optimiser configuration, alone or as one rank of several.
-
-``python -m tests.optimizer_ranks STORE RANK WORLD OUT.npz``: the file store brings the ranks together; rank 0 writes.
-"""
+"""A small net trained in float64 by one optimiser configuration, alone or as one rank of several."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from torch import nn
 from fl_core.contracts.sections import OptimizerConfig
 from fl_core.optimizers import build_optimizer, known_optimizers
 from hpc_trainer import optimizer_state
+from hpc_trainer.processes import Processes
 
 STEPS, COUNT, BATCH = 12, 9, 5  # the tail batch has 4, 3 or 1 examples: some ranks are empty in it
 CONFIG = OptimizerConfig(lr=0.003, momentum=0.9, weight_decay=0.01, update_every=3, decay=0.8, damping=0.01, trust=0.1)
@@ -73,14 +70,7 @@ def train(config: OptimizerConfig, group: dist.ProcessGroup | None) -> dict[str,
     return {**found, **optimizer_state.save(optimizer)}
 
 
-def main(store: str, rank: int, world: int, out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    results = {name: train(config, dist.group.WORLD) for name, config in VARIANTS.items()}
-    if rank == 0:
+def train_all(processes: Processes, out: Path) -> None:
+    results = {name: train(config, processes.group) for name, config in VARIANTS.items()}
+    if processes.is_main:
         np.savez(out, **{f"{name}|{key}": value for name, table in results.items() for key, value in table.items()})
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

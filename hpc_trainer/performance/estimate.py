@@ -19,6 +19,7 @@ from fl_core.contracts.sections import OptimizerConfig
 from fl_core.learning.application import Application
 from fl_core.optimizers._kfac_blocks import blocks_of
 from fl_core.optimizers.kfac import Cut
+from hpc_trainer.batch_norm import synchronise_batch_norm
 from hpc_trainer.layout import mesh_sizes
 from hpc_trainer.performance import tracking
 from hpc_trainer.performance.arrangement import Held, adding, held, part_of
@@ -67,6 +68,7 @@ def estimate(
         state = state_bytes(model, config.optimizer)
         units = [4 * tracking.elements(unit) for unit in blocks(model)]
         largest = max((size for size in units if size >= 4 * SMALLEST), default=4 * whole_count)
+        synchronise_batch_norm(model, None)  # what trains, in one process too
         if pretrain.activation_checkpointing:
             recompute_activations(model)
         tracked = tracking.track(model, inputs, expected, lambda o, t: loss(o, t, config), device)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # DDP and recomputation import it when they are first used: not what a run holds, so before any measurement
 
 from fl_core.contracts.errors import EnvironmentFault
 from fl_core.contracts.offswitches import set_off_switches
@@ -27,6 +28,7 @@ from hpc_trainer.commands import training_data
 from hpc_trainer.performance import probe
 from hpc_trainer.performance.phase_clock import EnoughSteps, PeakMemory, PhaseClock
 from hpc_trainer.performance.stand_in import stand_in
+from hpc_trainer.placement import channels, sharded, stages  # noqa: F401  as above
 from hpc_trainer.processes import Processes, join
 from hpc_trainer.trainer import Trainer, TrainingData
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from fl_core.contracts.sections import OptimizerConfig
 from fl_core.optimizers import build_optimizer, known_optimizers
 from hpc_trainer import optimizer_state
 from tests import optimizer_ranks
-from tests.helpers import ROOT
+from tests.forked import in_ranks
 
 OPTIMIZERS = known_optimizers()
 EACH = pytest.mark.parametrize("name", OPTIMIZERS)
@@ -131,14 +129,8 @@ def test_frozen_parameters_stay(name: str) -> None:
 def test_the_result_does_not_depend_on_the_number_of_processes(world: int, tmp_path: Path) -> None:
     """Unequal and empty shares, weighted losses, float64: parameters and state to 1e-10 of one process's."""
     out = tmp_path / "ranks.npz"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.optimizer_ranks", tmp_path / "store", str(rank), str(world), out], cwd=ROOT
-        )
-        for rank in range(world)
-    ]
+    in_ranks(optimizer_ranks.train_all, world, out)
     alone = {name: optimizer_ranks.train(config, None) for name, config in optimizer_ranks.VARIANTS.items()}
-    assert [process.wait(timeout=240) for process in ranks] == [0] * world
     together = np.load(out, allow_pickle=False)
     begin = {f"model/{k}": v.numpy() for k, v in optimizer_ranks.net().state_dict().items()}
     for name, table in alone.items():

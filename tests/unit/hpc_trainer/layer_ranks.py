@@ -1,4 +1,4 @@
-"""One rank of the layer-by-layer comparison of cut volumes and cut layers with whole ones, under torchrun: ``layer_ranks.py OUT.json``.
+"""One rank of the layer-by-layer comparison of cut volumes and cut layers with whole ones.
 
 Each process computes the whole by itself and its rows together with the others; outputs, input and parameter gradients are
 held against each other in float64.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch.nn import functional
 from fl_core.contracts.errors import ConfigError
 from fl_core.learning.normalization import GhostBatchNorm
 from hpc_trainer.placement.channels import cut_of, split_channels
-from hpc_trainer.processes import join
+from hpc_trainer.processes import Processes
 from hpc_trainer.spatial import split_space, whole
 from hpc_trainer.spatial.exchange import Split, rows
 from hpc_trainer.spatial.part import Part
@@ -297,25 +296,16 @@ def refused() -> dict[str, str]:
     return said
 
 
-def main() -> None:
-    torch.set_num_threads(1)
+def compare_all(processes: Processes, out: Path) -> None:
     torch.manual_seed(0)
-    processes = join()
-    try:
-        found: dict[str, Any] = {}
-        channels: dict[str, float] = {}
-        for made, compare, table in ((cases(), compared, found), (cut_layers(), compared_channels, channels)):
-            for name, (model, shape) in made.items():
-                try:
-                    table[name] = compare(model.double(), shape, dist.group.WORLD)
-                except Exception as error:
-                    raise RuntimeError(name) from error
-        document = {"deviations": found, "channels": channels, "refused": refused(), "rows": random_rows(60)}
-        if processes.is_main:
-            Path(sys.argv[1]).write_text(json.dumps(document))
-    finally:
-        processes.close()
-
-
-if __name__ == "__main__":
-    main()
+    found: dict[str, Any] = {}
+    channels: dict[str, float] = {}
+    for made, compare, table in ((cases(), compared, found), (cut_layers(), compared_channels, channels)):
+        for name, (model, shape) in made.items():
+            try:
+                table[name] = compare(model.double(), shape, dist.group.WORLD)
+            except Exception as error:
+                raise RuntimeError(name) from error
+    document = {"deviations": found, "channels": channels, "refused": refused(), "rows": random_rows(60)}
+    if processes.is_main:
+        out.write_text(json.dumps(document))

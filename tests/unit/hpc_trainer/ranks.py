@@ -1,4 +1,4 @@
-"""One rank of float64 training runs, started under torchrun by the tests: ``ranks.py SPEC.json SPEC.json ...``.
+"""Training runs in float64, alone or as one rank of several.
 
 A specification may name a run's folder under ``from``: training goes on from its checkpoint of epoch ``at``.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from fl_core.learning.application import application
 from fl_core.learning.sources import GENERATED, open_data
 from hpc_trainer.commands import training_data
-from hpc_trainer.processes import Processes, join
+from hpc_trainer.processes import Processes
 from hpc_trainer.trainer import EpochRecord, Trainer
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -45,20 +44,13 @@ def take_up(run: Path, epoch: int, out: Path) -> None:
     shutil.copytree(run / name, out / name)
 
 
-def main() -> None:
-    processes = join()
-    try:
-        for path in map(Path, sys.argv[1:]):
-            spec = json.loads(path.read_text())
-            if processes.is_main and "from" in spec:
-                take_up(Path(spec["from"]), spec["at"], path.parent)
-            processes.barrier()
-            losses = train(spec, processes, path.parent)
-            if processes.is_main:
-                (path.parent / "losses.json").write_text(json.dumps(losses))
-    finally:
-        processes.close()
-
-
-if __name__ == "__main__":
-    main()
+def train_each(processes: Processes, *files: Path) -> None:
+    """A rank's part in the run of each specification, one after the other; checkpoints and ``losses.json`` lie beside it."""
+    for path in files:
+        spec = json.loads(path.read_text())
+        if processes.is_main and "from" in spec:
+            take_up(Path(spec["from"]), spec["at"], path.parent)
+        processes.barrier()
+        losses = train(spec, processes, path.parent)
+        if processes.is_main:
+            (path.parent / "losses.json").write_text(json.dumps(losses))

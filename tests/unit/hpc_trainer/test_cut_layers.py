@@ -12,21 +12,12 @@ from fl_core.contracts.errors import ConfigError
 from fl_core.learning.application import application
 from hpc_trainer.layout import mesh_sizes
 from hpc_trainer.refusals import refuse_arrangement
-from tests.helpers import run_python
-
-RANKS = Path(__file__).with_name("layer_ranks.py")
+from tests.forked import in_ranks
+from tests.unit.hpc_trainer.layer_ranks import compare_all
 
 
 def together(world: int, tmp_path: Path) -> dict[str, Any]:
-    done = run_python(
-        [
-            *("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
-            *("--nproc-per-node", str(world), str(RANKS), str(tmp_path / "found.json")),
-        ],
-        environment={"OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_ranks(compare_all, world, tmp_path / "found.json")
     found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
     return found
 

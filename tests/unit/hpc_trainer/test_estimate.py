@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.estimate import AGAIN, CASES, measured
+from benchmarks.estimate import CASES, measured
 from fl_core.contracts.errors import InputError
 from fl_core.contracts.sections import OptimizerConfig
 from fl_core.learning.application import application
@@ -121,15 +121,7 @@ def test_the_command_prints_an_estimate_of_a_model_that_fits_nowhere_here() -> N
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(number, marks=pytest.mark.xfail(strict=True, reason="a third too much: docs/performance.md"))
-        if AGAIN in case.overrides and case.application == "plant_disease"
-        else number
-        for number, case in enumerate(CASES)
-    ],
-)
+@pytest.mark.parametrize("number", range(len(CASES)))
 def test_the_peak_is_within_a_tenth_of_a_real_process(number: int) -> None:
     case = CASES[number]
     predicted = estimate(application(case.application), "default", case.overrides, world=1, parallel="ddp")

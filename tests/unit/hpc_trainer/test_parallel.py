@@ -15,8 +15,9 @@ from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.arrays import Arrays
 from fl_core.learning.application import application
 from hpc_trainer.verify import RECORD, compare, settings_of
-from tests.helpers import run_python
-from tests.unit.hpc_trainer.ranks import ALONE, take_up, train
+from hpc_trainer.verify_worker import train_all
+from tests.forked import in_ranks
+from tests.unit.hpc_trainer.ranks import ALONE, take_up, train, train_each
 
 TOY, LEAF, VOLUME = "toy_regression", "plant_disease", "seismic_facies"
 WIDE = ("model.hidden=512", "data.features=200", "optimizer.name=adamw", "optimizer.clip_norm=0.5", "model.norm=group")
@@ -111,21 +112,10 @@ def launch(names: list[str], world: int, root: Path, epochs: int) -> dict[str, A
         folders.append(root / f"{world}-{number}")
         folders[-1].mkdir(parents=True)
         (folders[-1] / "specification.json").write_text(json.dumps(specification(name, epochs)))
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr",
-        "127.0.0.1",
-        "--nproc-per-node",
-        str(world),
-    ]
-    done = run_python(
-        [*(launcher if world > 1 else []), "-m", "hpc_trainer.verify_worker", *map(str, folders)],
-        environment={"OMP_NUM_THREADS": "1"},
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    if world == 1:
+        train_all(ALONE, *folders)
+    else:
+        in_ranks(train_all, world, *folders, timeout=500)
     return {
         n: array_format.from_bytes((f / RECORD).read_bytes(), origin=n) for n, f in zip(names, folders, strict=True)
     }
@@ -190,13 +180,7 @@ def check_taken_up(app: str, meshes: tuple[str, ...], world: int, root: Path) ->
             file.write_text(json.dumps(spec))
         files += [first, second]
         took_up.append(second.parent)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    done = run_python(
-        [*launcher, "--nproc-per-node", str(world), str(Path(__file__).with_name("ranks.py")), *map(str, files)],
-        environment={"OMP_NUM_THREADS": "1"},
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_ranks(train_each, world, *files, timeout=500)
     alone = train(resumed(app, ""), ALONE, root / "alone")
     take_up(root / "alone", TAKEN_UP, root / "alone-taken-up")
     bits = train(resumed(app, ""), ALONE, root / "alone-taken-up")

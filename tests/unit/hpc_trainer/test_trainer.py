@@ -23,10 +23,9 @@ from hpc_trainer.commands import training_data
 from hpc_trainer.sampler import steps_per_epoch
 from hpc_trainer.schedules import learning_rate
 from hpc_trainer.trainer import Trainer, TrainingData, read_training_history
+from tests.forked import in_ranks
 from tests.helpers import APPLICATIONS, fieldfleet, run_python, small_config, small_overrides
-from tests.unit.hpc_trainer.ranks import ALONE, train
-
-RANKS = Path(__file__).with_name("ranks.py")
+from tests.unit.hpc_trainer.ranks import ALONE, train, train_each
 
 
 def data_of(name: str, overrides: list[str]) -> TrainingData:
@@ -55,22 +54,14 @@ def specification(name: str, *overrides: str, dtype: str = "float64", steps: int
     }
 
 
-def under_torchrun(specs: list[dict[str, Any]], world: int, folders: list[Path]) -> None:
-    """All runs in one launch, one after the other; checkpoints and ``losses.json`` lie in the folders."""
+def trained_together(specs: list[dict[str, Any]], world: int, folders: list[Path]) -> None:
+    """All runs in one job, one after the other; checkpoints and ``losses.json`` lie in the folders."""
     files = []
     for spec, folder in zip(specs, folders, strict=True):
         folder.mkdir()
         files.append(folder / "spec.json")
         files[-1].write_text(json.dumps(spec))
-    done = run_python(
-        [
-            *("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"),
-            *("--nproc-per-node", str(world), str(RANKS), *map(str, files)),
-        ],
-        environment={"OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr
+    in_ranks(train_each, world, *files)
 
 
 def compare(one: Path, other: Path, tolerance: float) -> None:
@@ -85,7 +76,7 @@ def compare(one: Path, other: Path, tolerance: float) -> None:
 
 def check_world(specs: list[dict[str, Any]], world: int, tmp_path: Path) -> None:
     together = [tmp_path / f"together-{i}" for i in range(len(specs))]
-    under_torchrun(specs, world, together)
+    trained_together(specs, world, together)
     for i, spec in enumerate(specs):
         alone = train(spec, ALONE, tmp_path / f"alone-{i}")
         assert len(alone) >= 30, "differences show after tens of steps"
@@ -135,6 +126,21 @@ def test_pretrain_command_is_equal_with_one_and_two_processes(tmp_path: Path) ->
         np.testing.assert_allclose(arrays[1][key], value, atol=1e-6, err_msg=key)
     losses = [[e["loss"] for e in d["history"]] for d in documents]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_one_process_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """Two seconds of each start, with clipping, batch norm and a checkpoint of the optimiser."""
+    code = f"""
+import json, sys
+from pathlib import Path
+from tests.unit.hpc_trainer.ranks import ALONE, train
+settings = ["model.norm=batch", "model.hidden=6", "optimizer.name=adamw", "optimizer.clip_norm=1", "pretrain.epochs=1"]
+train({{"application": "toy_regression", "overrides": settings, "dtype": "float32"}}, ALONE, Path({str(tmp_path)!r}))
+print(json.dumps([m for m in ("torch._dynamo", "sympy", "torch.distributed.tensor") if m in sys.modules]))
+"""
+    done = run_python(["-c", code])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
 
 
 @pytest.mark.parametrize(
