@@ -33,7 +33,7 @@ CASES = (
     Case("plant_disease", ("model.width=96", "model.blocks=2", "pretrain.batch_size=16")),
     Case("plant_disease", (*LEAF, "optimizer.name=sgd", "optimizer.momentum=0.9")),
     Case("driver_conflict", ("model.width=256", "model.blocks=4", "pretrain.batch_size=1024")),
-    Case("plant_disease", (*LEAF, AGAIN)),
+    Case("plant_disease", ("model.width=64", "pretrain.batch_size=96", AGAIN)),
     Case("plant_disease", ("model.width=96", "model.norm=group", "pretrain.batch_size=64", "pretrain.micro_batch=16")),
     Case("seismic_facies", (*VOLUME, "pretrain.batch_size=3")),
     Case("seismic_facies", (*VOLUME, "pretrain.batch_size=3", AGAIN)),
