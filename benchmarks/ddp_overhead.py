@@ -5,7 +5,7 @@
 All contestants train one model with the very same synchronised batch norm, optimiser, precision and global batch on the same
 examples (no augmentation), in the same two processes, in turn: a pair is some steps of ours and as many of the other; each ratio's median has a 95 %
 interval (order statistics). The plain loop does what training needs and nothing else: indices, a batch, forward, loss, backward, clipping, step, the
-loss as a number.
+loss as a number. The same contest in one process, at the same global batch, gives what each gains from the second one (strong scaling).
 
 Then each trains 51 examples at a global batch of 16 in float64 at one and at two processes, as ``verify-loss`` does:
 DistributedSampler and means of means for the others, which is what torch and Lightning do unless they are told otherwise.
@@ -99,7 +99,7 @@ def mean_over_processes(value: Tensor, processes: Processes) -> float:
 def plain_steps(app: Application, config: Any, data: Any, processes: Processes, dtype: torch.dtype) -> Iterator[float]:
     """The loop itself; yields each step's loss."""
     model = model_of(app, config, processes, dtype)
-    ddp = DistributedDataParallel(model, broadcast_buffers=False) if processes.world > 1 else model
+    ddp = DistributedDataParallel(model, forward_sync_buffers=False) if processes.world > 1 else model
     optimizer = build_optimizer(model, config.optimizer)
     loss_function = app.loss_function()
     batches = loader(Task(app, config, data.train, dtype), config, processes)
@@ -246,6 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for who, times in slowest.items()
         if who != OURS
     }
+    (alone,) = launch({**spec, "work": "speed", "lightning": False, "samples": 0, "overrides": plain}, 1)
+    document["speedup"] = {who: median(times) / document["seconds"][who] for who, times in alone.items()}
     small = [*application(name).verify, *plain, *STEEP, f"pretrain.batch_size={BATCH}"]
     found = [launch({**spec, "work": "losses", "samples": SAMPLES, "overrides": small}, procs)[0] for procs in (1, 2)]
     document["loss_deviation"] = {
@@ -270,6 +272,10 @@ def show(document: dict[str, Any], lightning: bool) -> None:
         print(
             f"  {who:12} {1e3 * seconds:8.1f} ms a step{ratio}; loss at 2 processes off by {deviation:.1e}", flush=True
         )
+    ours, plain = (document["speedup"][who] for who in (OURS, PLAIN))
+    print(
+        f"  strong scaling, 1 -> 2 processes: ours {ours:.2f}, plain DDP {plain:.2f}; ours reaches {ours / plain:.3f} of it"
+    )
     if not lightning:
         print("  Lightning is not installed: pip install 'fieldfleet[bench]'")
 

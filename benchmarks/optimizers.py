@@ -3,8 +3,9 @@
     python -m benchmarks optimizers [--apps APP ...] [--seeds 3] [--data DIR] [--out DIR] [--quick]
 
 The large batch is an eighth of the training set. Every optimiser gets the same budget: eight settings, tried with a seed of
-their own (another split into training and validation, another order), each no longer than the best one so far took. The best
-one then runs with every judged seed, whose target is AdamW's at batch 32 with that same seed. The validation loss is looked
+their own (another split into training and validation, another order), each no longer than the best one so far took; where none
+reaches the target, the one with the lowest loss counts as the best. It then runs with every judged seed, whose target is
+AdamW's at batch 32 with that same seed. The validation loss is looked
 at after every second step; a run that has not reached the target within --epochs has not reached it. One result file per run
 under ``runs/benchmarks/optimizers``; a repeated call resumes. Seconds are processor time of the training steps on one thread,
 input included, evaluations left out.
@@ -42,11 +43,7 @@ FIRST_ORDER, SECOND_ORDER = ("sgd", "adamw", "lamb"), ("soap", "kfac")
 # Small enough that the whole table takes minutes, large enough that a curve has a shape.
 SIZES: dict[str, list[str]] = {
     "driver_conflict": ["data.clients=24", "data.events_per_client=6", "model.width=32"],
-    "plant_disease": [
-        *("pretrain.client_share=0.2", "data.image_size=32", "model.width=8"),
-        *("data.validation_fraction=0.2", "model.label_smoothing=0"),
-        *("data.zoom=0.1", "data.rotate=0", "data.background=0", "data.colour=0.1"),
-    ],
+    "plant_anomaly": ["data.clients=20", "data.image_size=16", "model.width=8", "data.rotate=0", "data.colour=0.1"],
     "toy_regression": ["model.hidden=16", "model.norm=none", "data.examples_per_client=32"],
 }
 COMMON = ["pretrain.average_last=0", "optimizer.weight_decay=0.01", "optimizer.clip_norm=0"]
@@ -56,7 +53,7 @@ def grid(name: str) -> list[dict[str, float]]:
     """Eight settings of each optimiser: what matters most for it, and over how many epochs the learning rate falls."""
     rates = {
         "sgd": (0.03, 0.1, 0.3, 1.0),
-        "adamw": (0.005, 0.01, 0.02, 0.04),
+        "adamw": (0.01, 0.02, 0.04, 0.08),
         "lamb": (0.005, 0.01, 0.03, 0.1),
         "soap": (0.005, 0.01, 0.02, 0.04),
     }
@@ -67,7 +64,7 @@ def grid(name: str) -> list[dict[str, float]]:
             {"kl_clip": clip, "damping": damping, "epochs": epochs}
             for clip in (0.0005, 0.001)
             for damping in (0.001, 0.003)
-            for epochs in (6.0, 10.0)
+            for epochs in (10.0, 20.0)
         ]
     assert len(settings) == SETTINGS
     return settings
@@ -228,14 +225,14 @@ def judged(
             batch=batches[seed], epochs=epochs, seed=seed, target=targets[seed], limit=limit,
         )  # fmt: skip
 
-    best, seconds = -1, float("inf")
+    best, seconds, lowest = -1, float("inf"), (float("inf"), 0)
     for number in range(len(settings)):
         found = one(number, TUNING_SEED, best_limit)
+        lowest = min(lowest, (found["loss"] or float("inf"), number))
         if found["reached"] and (found["steps"], found["seconds"]) < (best_limit, seconds):
             best, best_limit, seconds = number, found["steps"], found["seconds"]
-    if best < 0:
-        return {"setting": None, "runs": []}
-    return {"setting": settings[best], "runs": [one(best, seed, limit) for seed in seeds]}
+    chosen = best if best >= 0 else lowest[1]
+    return {"setting": settings[chosen], "runs": [one(chosen, seed, limit) for seed in seeds]}
 
 
 def summary(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | int | None]]:
@@ -248,6 +245,7 @@ def summary(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | i
             "seconds": _median(runs, "seconds"),
             "ms_a_step": 1e3 * statistics.median(r["seconds"] / r["steps"] for r in runs) if runs else None,
             "reached": sum(r["reached"] for r in runs),
+            "tried": max((r["steps"] for r in runs), default=0),
         }
     return table
 
@@ -265,7 +263,9 @@ def verdict(table: dict[str, dict[str, Any]]) -> str:
     if not second:
         return "no second-order optimiser reached the target: goal missed"
     if not first:
-        return f"{min(second)[1]}: {min(second)[0]:.0f} steps; no first-order optimiser reached the target"
+        most = max(table[n]["tried"] for n in FIRST_ORDER)
+        met = "met" if min(second)[0] <= 0.5 * most else "open"
+        return f"{min(second)[1]}: {min(second)[0]:.0f} steps; no first-order optimiser reached the target in {most}: goal (at most 0.50) {met}"
     shares = [(steps / min(first)[0], table[n]["seconds"] / min(quick)[0], n) for steps, n in second]
     share, time_share, name = min(shares, key=lambda found: (not _met(*found[:2]), found[0]))
     met = "met" if _met(share, time_share) else "missed"
@@ -296,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.optimizers", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--apps", nargs="*", default=["driver_conflict", "plant_disease"], choices=sorted(SIZES))
+    parser.add_argument("--apps", nargs="*", default=["driver_conflict", "plant_anomaly"], choices=sorted(SIZES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20, help="after which a large-batch run is given up")
     parser.add_argument("--data", help="folder of the data set, with one --apps (default: as every command finds it)")

@@ -103,7 +103,7 @@ def global_statistics(x: Tensor, group: ProcessGroup | None) -> tuple[float, Ten
         count, (mean, squares) = x.numel() // x.shape[1], facts[1:].view(2, -1)
         return float(count), mean, squares / max(1, count)
     gathered = facts.new_empty(dist.get_world_size(group) * len(facts))
-    dist.all_gather_into_tensor(gathered, facts, group=group)
+    dist.all_gather_single(gathered, facts, group=group)
     table = gathered.view(-1, len(facts))
     counts, means, squares = table[:, :1], table[:, 1 : 1 + x.shape[1]], table[:, 1 + x.shape[1] :]
     total = counts.sum()

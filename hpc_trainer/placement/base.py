@@ -57,7 +57,7 @@ class Placement:
         """DDP over all processes whose gradients add up; the model itself in a group of one."""
         if self.layout.summed is None:
             return self.model
-        wrapped = DistributedDataParallel(self.model, process_group=self.layout.summed, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(self.model, process_group=self.layout.summed, forward_sync_buffers=False)
         wrapped.register_comm_hook(self.layout.summed, sum_gradients)
         return wrapped
 

@@ -258,9 +258,9 @@ def test_a_checkpoint_on_the_way_can_be_used_as_a_model(tmp_path: Path) -> None:
 def test_another_configuration_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path).run()
     for options in ({"seed": 1},):
-        with pytest.raises(ConfigError, match="another configuration or seed"):
+        with pytest.raises(ConfigError, match="another configuration, seed or start"):
             trainer(tmp_path, **options)
-    with pytest.raises(ConfigError, match=r"another configuration or seed\n.*--out"):
+    with pytest.raises(ConfigError, match=r"another configuration, seed or start\n.*--out"):
         trainer(tmp_path, "optimizer.lr=0.001")
 
 
