@@ -44,28 +44,22 @@ FIRST_ORDER, SECOND_ORDER = ("sgd", "adamw", "lamb"), ("soap", "kfac")
 SIZES: dict[str, list[str]] = {
     "driver_conflict": ["data.clients=24", "data.events_per_client=6", "model.width=32"],
     "plant_anomaly": ["data.clients=20", "data.image_size=16", "model.width=8", "data.rotate=0", "data.colour=0.1"],
-    "toy_regression": ["model.hidden=16", "model.norm=none", "data.examples_per_client=32"],
+    "toy_regression": ["model.hidden=32", "model.norm=none", "data.examples_per_client=128"],
 }
 COMMON = ["pretrain.average_last=0", "optimizer.weight_decay=0.01", "optimizer.clip_norm=0"]
 
 
 def grid(name: str) -> list[dict[str, float]]:
-    """Eight settings of each optimiser: what matters most for it, and over how many epochs the learning rate falls."""
-    rates = {
-        "sgd": (0.03, 0.1, 0.3, 1.0),
-        "adamw": (0.01, 0.02, 0.04, 0.08),
-        "lamb": (0.005, 0.01, 0.03, 0.1),
-        "soap": (0.005, 0.01, 0.02, 0.04),
+    """Eight settings of each optimiser: four lengths of a step, and over how many epochs the learning rate falls."""
+    lengths = {
+        "sgd": ("lr", (0.01, 0.03, 0.1, 0.3)),
+        "adamw": ("lr", (0.01, 0.02, 0.04, 0.08)),
+        "lamb": ("lr", (0.01, 0.03, 0.1, 0.3)),
+        "soap": ("lr", (0.005, 0.01, 0.04, 0.15)),
+        "kfac": ("kl_clip", (0.0003, 0.001, 0.003, 0.01)),
     }
-    if name in rates:
-        settings = [{"lr": lr, "epochs": epochs} for lr in rates[name] for epochs in (10.0, 20.0)]
-    else:
-        settings = [
-            {"kl_clip": clip, "damping": damping, "epochs": epochs}
-            for clip in (0.0005, 0.001)
-            for damping in (0.001, 0.003)
-            for epochs in (10.0, 20.0)
-        ]
+    key, values = lengths[name]
+    settings = [{key: value, "epochs": epochs} for value in values for epochs in (10.0, 20.0)]
     assert len(settings) == SETTINGS
     return settings
 
@@ -82,7 +76,7 @@ BASE = {  # what is not tuned
             "optimizer.measure_every=5",
             "optimizer.max_factor=160",
         ),
-        *("optimizer.lr=0.1", "optimizer.decay=0.9"),  # the step is bounded by kl_clip
+        *("optimizer.lr=0.1", "optimizer.decay=0.9", "optimizer.damping=0.001"),  # the step is bounded by kl_clip
     ],
 }
 

@@ -53,12 +53,17 @@ def rows(scan: dict[str, Any], kind: str) -> list[list[str | None]]:
 
 def draw(scan: dict[str, Any]) -> bytes:
     def panel(kind: str) -> dict[str, tuple[list[float], list[float]]]:
-        sizes = [float(s) for s in scan["sizes"]]
+        """Stages with a power; where none has one (all too small), whatever there is to show."""
+        fitted = {n: f for n, f in scan["stages"].items() if f[kind]["exponent"]}
         drawn = {}
-        for stage, facts in scan["stages"].items():
-            values = [UNITS[kind][0] * v for v in facts[kind]["values"]]
-            if facts[kind]["exponent"]:
-                drawn[stage] = (sizes, values)
+        for stage, facts in (fitted or scan["stages"]).items():
+            points = [
+                (float(size), UNITS[kind][0] * value)
+                for size, value in zip(scan["sizes"], facts[kind]["values"], strict=True)
+                if value > 0
+            ]
+            if points:
+                drawn[stage] = ([x for x, _ in points], [y for _, y in points])
         return drawn
 
     labels = ("ms a step", "MB above that between steps")
