@@ -21,6 +21,7 @@ from applications.topology_optimisation.operator import Field, Stiffness
 
 COARSEST = 600  # degrees of freedom that are solved directly in no time
 SMOOTHED_SHARE = 8.0  # the smoother takes care of eigenvalues down to this part of the largest
+SHIFTS = (1e-10, 1e-8, 1e-6, 1e-4)
 ELEMENT_BOUND = {2: 2.8889, 3: 5.3182}  # largest eigenvalue of D^-1 K of one element, which no assembly of it exceeds
 
 
@@ -190,9 +191,7 @@ class Multigrid:
         else:
             matrix = assembled(self.shape, modulus, self.free)
         if matrix.shape[0] <= 2 * COARSEST:
-            shift = 1e-10 * matrix.diagonal().max()  # a mechanism without support is singular
-            factor = linalg.cho_factor(matrix.toarray() + shift * np.eye(matrix.shape[0]))
-            self.factor = functools.partial(linalg.cho_solve, factor)
+            self.factor = functools.partial(linalg.cho_solve, positive_factor(matrix.toarray()))
         else:
             from scipy.sparse import linalg as sparse_linalg
 
@@ -220,6 +219,21 @@ class Multigrid:
         z += interpolate(below) * (inverse > 0)
         z += chebyshev(operator, inverse, largest, r - operator(z), self.degree)
         return z
+
+
+def positive_factor(matrix: Field) -> tuple[Field, bool]:
+    """The Cholesky factor of a symmetric matrix with as small a share of its largest entry on the diagonal as makes it positive.
+
+    A piece of material without support is singular, and what single precision left of void may be below zero.
+    """
+    largest = float(matrix.diagonal().max())
+    for share in SHIFTS:
+        try:
+            found: tuple[Field, bool] = linalg.cho_factor(matrix + share * largest * np.eye(len(matrix)))
+            return found
+        except linalg.LinAlgError:
+            continue
+    raise linalg.LinAlgError(f"a coarse grid is not positive definite, even with {SHIFTS[-1]:g} of its diagonal added")
 
 
 class Direct:

@@ -237,3 +237,17 @@ def test_continuation_raises_the_penalty_before_it_ends() -> None:
     design = optimise(problem, Settings(penalty_start=1.0, penalty_step=0.5, limit=60, change=0.05))
     assert [s.penalty for s in design.steps[:6]] == [1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
     assert len(design.steps) > 5
+
+
+def test_a_coarse_grid_that_rounding_made_indefinite_is_solved_all_the_same() -> None:
+    """Pieces without support in single precision: eigenvalues of 0, and some a little below."""
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.standard_normal((40, 40)))
+    for lowest in (0.0, -1e-9, -1e-7):
+        values = np.concatenate([np.full(6, lowest), rng.uniform(0.1, 1, 34)])
+        matrix = basis @ np.diag(values) @ basis.T
+        stiff = basis[:, 6:] @ rng.standard_normal(34)  # a load that the supported part carries
+        found = linalg.cho_solve(multigrid.positive_factor(matrix), matrix @ stiff)
+        np.testing.assert_allclose(basis[:, 6:].T @ found, basis[:, 6:].T @ stiff, rtol=1e-2)
+    with pytest.raises(linalg.LinAlgError, match="positive definite"):
+        multigrid.positive_factor(-np.eye(3))
