@@ -1,6 +1,6 @@
 """``fieldfleet slurm``: a batch script that trains one application under Slurm, one task a process.
 
-The script is plain enough to be read and changed. Not yet run under a Slurm with several nodes.
+The script is plain enough to be read and changed. A test runs it under the distribution's Slurm on one machine; several nodes: untested.
 """
 
 from __future__ import annotations
