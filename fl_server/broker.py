@@ -17,6 +17,7 @@ from fl_core.contracts.errors import EnvironmentFault
 from fl_core.link import topics
 from fl_core.link.session import PACKET_LIMIT, Message, Outgoing
 from fl_core.link.topics import SERVICE_ACCOUNTS
+from fl_server.certificate_watch import reload_between_connections
 
 Lookup = Callable[[str], str | None]  # account name -> its password; None = no such account
 START_S, STOP_S = 15.0, 10.0
@@ -110,9 +111,9 @@ class EmbeddedBroker:
         return open_to and self._accounts.login(username, password, client_id)
 
     def renew(self) -> None:
-        """Use the certificate files as they are now, for connections that begin from now on. From any thread."""
+        """Use the certificate files as they are now, for connections that begin from now on. From another thread than the loop's."""
         if self._broker is not None and self._broker.tls is not None and self._certificate is not None:
-            self._broker.tls.load_cert_chain(*self._certificate)
+            reload_between_connections(self._broker.tls, *self._certificate, self._loop)
 
     def end_session(self, name: str) -> None:
         """Cut off a device that may not log in any more; its will is published. From any thread."""

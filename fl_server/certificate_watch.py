@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 import threading
@@ -13,6 +14,24 @@ from fl_core.identity.ca import certificate_facts
 
 log = logging.getLogger(__name__)
 LOOK_S = 2.0
+LOAD_S = 10.0
+
+
+def reload_between_connections(
+    context: ssl.SSLContext, certificate: Path, key: Path, loop: asyncio.AbstractEventLoop | None
+) -> None:
+    """For connections that begin from now on, in the thread of the ``loop`` that begins them (None: nothing does); from another thread.
+
+    OpenSSL takes a new certificate and then its key: a handshake that began between the two would have no key and fail.
+    """
+
+    async def load() -> None:
+        context.load_cert_chain(certificate, key)
+
+    if loop is None or not loop.is_running():
+        context.load_cert_chain(certificate, key)
+    else:
+        asyncio.run_coroutine_threadsafe(load(), loop).result(LOAD_S)
 
 
 class CertificateWatch:

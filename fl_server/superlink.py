@@ -17,6 +17,7 @@ from fl_core.flower import wire
 from fl_core.flower.adapter import LinkStore
 from fl_core.runtime.machine import return_memory_early
 from fl_server.bell import Bell
+from fl_server.certificate_watch import reload_between_connections
 from fl_server.device_table import DATABASE_NAME, DeviceTable
 from fl_server.directory import Caller, Directory
 from fl_server.doorman import Doorman
@@ -161,7 +162,7 @@ class SuperLink:
         """Use the certificate that lies in the home now, for connections that begin from now on."""
         context, home = self._server.config.ssl, self.home
         if context is not None:
-            context.load_cert_chain(home.certificate, home.certificate_key)
+            reload_between_connections(context, home.certificate, home.certificate_key, self._server.loop)
         self.tunnel.renew(home.certificate, home.certificate_key)
 
     def grid(self, run_name: str = DEFAULT_RUN) -> LinkGrid:

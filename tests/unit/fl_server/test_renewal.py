@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import socket
 import ssl
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from fl_core.contracts.config import parse
+from fl_server.certificate_watch import reload_between_connections
 from fl_server.field import reload_broker
 from fl_server.home import MqttSettings, ServerHome, ServerSettings, create_home
 from fl_server.standing import StandingServer
@@ -45,6 +48,41 @@ def test_https_and_the_broker_take_a_renewed_certificate_while_they_run(tmp_path
         assert after[0] != before[0]
         eventually(lambda: server.field.bridge._gate.certificate == after[0], 30)  # type: ignore[union-attr]
         assert server.superlink.tunnel._identity[0] == after[0]
+
+
+def test_no_handshake_falls_between_a_new_certificate_and_its_key(tmp_path: Path) -> None:
+    """A certificate loaded again and again while connections begin: each one is served."""
+    home = create_home(tmp_path / "home", ServerSettings())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(home.certificate, home.certificate_key)
+    loop, done, seen = asyncio.new_event_loop(), threading.Event(), set[bytes]()
+
+    def close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = loop.run_until_complete(asyncio.start_server(close, "127.0.0.1", 0, ssl=context))
+    port = server.sockets[0].getsockname()[1]
+    running = threading.Thread(target=loop.run_forever)
+    running.start()
+
+    def renew() -> None:
+        while not done.is_set():
+            home.renew()
+            reload_between_connections(context, home.certificate, home.certificate_key, loop)
+
+    renewing = threading.Thread(target=renew)
+    renewing.start()
+    try:
+        for _ in range(150):
+            seen.add(served(home, port))
+    finally:
+        done.set()
+        renewing.join()
+        loop.call_soon_threadsafe(server.close)
+        loop.call_soon_threadsafe(loop.stop)
+        running.join()
+        loop.close()
+    assert len(seen) > 3
 
 
 def external(tmp_path: Path, reload: list[str]) -> ServerHome:
