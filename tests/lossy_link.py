@@ -1,4 +1,4 @@
-"""A link between this machine and a network namespace that loses, delays and cuts packets as it is told.
+"""A link between this machine and a network namespace that loses, delays, throttles and cuts packets as it is told.
 
 ``tc netem`` is not in every kernel, so the link is two TUN devices with a relay in this process between them: what it
 drops or holds back are real IP packets, and both ends are the kernel's own TCP. It needs root, ``ip`` and /dev/net/tun.
@@ -40,10 +40,12 @@ def tun(name: str) -> int:
 
 
 class LossyLink:
-    """loss: share of packets dropped in each direction. delay_s: one way. up: False = every packet is dropped."""
+    """loss: share of packets dropped in each direction. delay_s: one way. rate: bytes a second of each direction, 0 = as fast
+    as it goes. up: False = every packet is dropped."""
 
     def __init__(self, seed: int = 0) -> None:
-        self.loss, self.delay_s, self.up = 0.0, 0.0, True
+        self.loss, self.delay_s, self.rate, self.up = 0.0, 0.0, 0.0, True
+        self._sent: dict[int, float] = {}  # end -> when what was given to it last is through
         self.lost = self.passed = 0
         self.namespace = f"fieldfleet-{os.getpid()}"
         self.interfaces = f"ffa{os.getpid()}"[:15], f"ffb{os.getpid()}"[:15]
@@ -99,7 +101,11 @@ class LossyLink:
             self.lost += 1
             return
         self.passed += 1
-        heapq.heappush(self._held, (time.monotonic() + self.delay_s, next(self._order), to, packet))
+        through = time.monotonic()
+        if self.rate:
+            through = max(through, self._sent.get(to, 0.0)) + len(packet) / self.rate
+            self._sent[to] = through
+        heapq.heappush(self._held, (through + self.delay_s, next(self._order), to, packet))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Two nodes: this machine and a network namespace behind a slow link that loses packets, met by c10d; the model is one node's."""
+"""Two nodes: this machine and a network namespace behind a link of 10 Mbit/s that loses packets, met by c10d; the model is one node's."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_two_nodes_train_the_model_of_one(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with lossy_link() as link, contextlib.ExitStack() as running:
-        link.delay_s, link.loss = 0.002, 0.01
+        link.delay_s, link.loss, link.rate = 0.002, 0.01, 1.25e6  # 10 Mbit/s
         outside, inside = link.interfaces
         nodes = []
         for rank, (address, interface) in enumerate(((HOST, outside), (INSIDE, inside))):
