@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fl_core.contracts.errors import InputError
-from hpc_trainer.binding import shares
+from hpc_trainer.binding import numa_node, shares, shares_near
 from hpc_trainer.performance.node import cores_of_nodes, listed
 from tests.helpers import run_python
 
@@ -51,3 +52,21 @@ def test_a_bound_process_runs_on_its_cores() -> None:
     assert done.returncode == 0, done.stderr
     mine, allowed = json.loads(done.stdout)
     assert sorted(mine) == allowed
+
+
+def test_processes_lie_near_their_gpus_where_that_is_known() -> None:
+    nodes = {0: [0, 1, 2, 3], 1: [4, 5, 6, 7]}
+    assert shares_near(nodes, [1, 1, 0, 0]) == [[4, 5], [6, 7], [0, 1], [2, 3]]
+    assert shares_near(nodes, [1]) == [[4, 5, 6, 7]]
+    assert shares_near(nodes, [0, None]) == shares(nodes, 2), "of one GPU nothing is known"
+    assert shares_near(nodes, [0, 3]) == shares(nodes, 2), "no usable core there"
+    assert shares_near(nodes, [0] * 5) == shares(nodes, 5), "too few cores there"
+
+
+def test_the_node_of_a_pci_device_is_read_from_the_system(tmp_path: Path) -> None:
+    device = tmp_path / "bus" / "pci" / "devices" / "0000:3b:00.0"
+    device.mkdir(parents=True)
+    assert numa_node("0000:3B:00.0", tmp_path) is None
+    for said, node in (("1\n", 1), ("-1\n", None), ("?", None)):
+        (device / "numa_node").write_text(said)
+        assert numa_node("0000:3B:00.0", tmp_path) == node
