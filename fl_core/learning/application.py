@@ -42,7 +42,8 @@ class Application:
     metrics(config, outputs, examples) -> name -> value, with scikit-learn's names.
     groups(config, examples) -> name -> boolean mask (N,): parts reported separately.
     model, loss, augment: "module:attribute" of the torch half (or the callable itself, where nothing is found by name):
-      build_model(config) -> Module with forward(*inputs) -> Tensor or tuple of Tensors;
+      build_model(config) -> Module with forward(*inputs) -> Tensor or tuple of Tensors; in training further ones may follow,
+        for the loss alone;
       loss(outputs, targets, config) -> (numerator, denominator), both scalar Tensors: sums over the examples, never means;
       augment(inputs, seeds, config) -> inputs, numpy (N, ...) arrays, ``seeds`` (N,) uint64 keyed by (seed, epoch, example);
         or an ``Augmentation``, where the targets move with the inputs.
