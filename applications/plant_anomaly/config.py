@@ -25,9 +25,13 @@ class ModelConfig:
     )
     blocks: int = number(1, low=0, high=8, help="residual blocks at each of the two lower resolutions")
     latent: int = number(
-        6, low=2, high=256, help="channels of the bottleneck; the latent vector has two of each, and two more"
+        6, low=2, high=256, help="channels of the bottleneck; the latent vector has one of each, and two more"
     )
     norm: str = choice("group", *NORMS)
+    heat_weight: float = number(
+        2.0, low=0.0, high=1e3, help="of the heat in the score, beside 1 of each bottleneck channel"
+    )
+    error_weight: float = number(2.0, low=0.0, high=1e3, help="of the reconstruction's error in the score")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,10 @@
 """A convolutional autoencoder with a small bottleneck, a heat map of lesions, and a whitened latent vector.
 
-The latent vector holds the mean and the maximum of each bottleneck channel, the error of the reconstruction and the smooth maximum of
-the heat. ``head`` whitens it by the mean and covariance of healthy plants: algorithm ``statistics_head`` with
-``algorithm.head_rule = "whitening"`` computes them exactly, in one round, from sums that clients send. Until then it is the identity.
+The latent vector holds the smooth maximum of the heat, the error of the reconstruction and the mean of each bottleneck channel.
+``head`` whitens it by the mean and covariance of healthy plants: algorithm ``statistics_head`` with ``algorithm.head_rule =
+"whitening"`` computes them exactly, in one round, from sums that clients send. Until then it is the identity. The whitening is
+triangular, so that its first outputs are the heat, and what the heat leaves unexplained of the error: evidence, of which less than
+healthy plants have speaks for no disease and counts nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from applications.plant_anomaly.config import Config
-from applications.plant_anomaly.pipeline import latent_size
+from applications.plant_anomaly.pipeline import EVIDENCE, latent_size
 from fl_core.learning.normalization import norm
 
 
@@ -59,7 +61,11 @@ class Whitening(nn.Module):
 class AnomalyNet(nn.Module):
     """image (N, S, S, 3) uint8 -> reconstruction (N, 3, S, S), heat (N, 1, S, S), latent (N, D)."""
 
-    def __init__(self, width: int, blocks: int, latent: int, kind: str, size: int) -> None:
+    evidence: Tensor
+
+    def __init__(
+        self, width: int, blocks: int, latent: int, kind: str, size: int, weights: tuple[float, float]
+    ) -> None:
         super().__init__()
         w = (width, 2 * width, 4 * width)
         self.first = layer(3, w[0], kind, 2)
@@ -77,6 +83,11 @@ class AnomalyNet(nn.Module):
         self.fine = nn.ConvTranspose2d(w[0], 1, 2, stride=2)
         self.coarse = nn.ConvTranspose2d(latent, 1, 8, stride=8)
         self.head = Whitening(size)
+        # one-sided normal variables have half of a variance: the mean square of a healthy plant's latent vector stays 1
+        scale = math.sqrt(size / (size - len(weights) + sum(weights) / 2))
+        parts = torch.full((size,), scale)
+        parts[: len(weights)] *= torch.tensor(weights).sqrt()
+        self.register_buffer("evidence", parts, persistent=False)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = image.permute(0, 3, 1, 2).to(self.head.weight.dtype) * (1 / 64) - 2
@@ -90,11 +101,13 @@ class AnomalyNet(nn.Module):
         heat = self.fine(y) + self.coarse(code)
         error = torch.log((reconstruction - x).abs().mean(dim=(1, 2, 3)) + 1e-3)
         highest = torch.logsumexp(heat.flatten(1), dim=1) - math.log(heat.shape[2] * heat.shape[3])
-        vector = torch.cat([code.mean(dim=(2, 3)), code.amax(dim=(2, 3)), error[:, None], highest[:, None]], dim=1)
-        return reconstruction, heat, self.head(vector)
+        white = self.head(torch.cat([highest[:, None], error[:, None], code.mean(dim=(2, 3))], dim=1))
+        latent = torch.cat([torch.relu(white[:, :EVIDENCE]), white[:, EVIDENCE:]], dim=1) * self.evidence
+        return reconstruction, heat, latent
 
 
 def build_model(config: Config) -> nn.Module:
     torch.manual_seed(0)
     m = config.model
-    return AnomalyNet(m.width, m.blocks, m.latent, m.norm, latent_size(config))
+    weights = (m.heat_weight, m.error_weight)
+    return AnomalyNet(m.width, m.blocks, m.latent, m.norm, latent_size(config), weights)

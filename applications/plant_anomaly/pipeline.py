@@ -11,11 +11,12 @@ from applications.plant_anomaly.config import Config
 from fl_core.learning.application import Outputs, TensorSpec
 
 Array = npt.NDArray[Any]
+EVIDENCE = 2  # of the latent vector's entries: heat and reconstruction error, which count from healthy plants' upwards
 UNKNOWN = 255  # of a lesion mask: not labelled
 
 
 def latent_size(config: Config) -> int:
-    return 2 * config.model.latent + 2
+    return EVIDENCE + config.model.latent
 
 
 def inputs(config: Config) -> tuple[TensorSpec, ...]:
@@ -25,7 +26,8 @@ def inputs(config: Config) -> tuple[TensorSpec, ...]:
 
 def outputs(config: Config) -> tuple[TensorSpec, ...]:
     """reconstruction: what the image would be without lesions, scaled as in the model; heat: logit of a lesion at each pixel; latent:
-    whitened by the healthy plants' statistics, so that its squared norm is the squared Mahalanobis distance."""
+    whitened by the healthy plants' statistics, so that its squared norm is a squared Mahalanobis distance, one-sided and weighted in
+    its first two entries, the evidence."""
     side = config.data.image_size
     return (
         TensorSpec(name="reconstruction", dtype="float32", shape=(-1, 3, side, side)),
@@ -39,7 +41,7 @@ def labels(config: Config) -> tuple[str, ...]:
 
 
 def distance(latent: Array) -> Array:
-    """(N, D) whitened -> (N,): Mahalanobis distance in units of its root mean square over healthy plants."""
+    """(N, D) whitened -> (N,): distance from healthy in units of its root mean square over healthy plants."""
     made: Array = np.sqrt(np.mean(np.asarray(latent, np.float64) ** 2, axis=1))
     return made
 

@@ -11,7 +11,8 @@ of the layer never leave a client. ``algorithm.head_rule``:
   in federated learning from class statistics (CCVR, Luo et al., NeurIPS 2021; Fed3R, Fanì et al., ICML 2024).
 * least_squares: ridge regression on the targets.
 * whitening: W^T W = S^-1, b = -W m of all examples, whatever their targets: the layer's output has the squared Mahalanobis
-  distance as its squared norm.
+  distance as its squared norm. W is lower triangular: output k is what the features before k leave unexplained of feature k, in
+  units of its deviation.
 
 The layer is ``algorithm.head``. Covariances shrink towards their diagonal by ``algorithm.head_shrinkage``. All other
 arrays stay as they are.
@@ -193,7 +194,11 @@ def solve(sums: Mapping[str, Float64], config: AlgorithmConfig) -> tuple[Float64
     mean = sums[FIRST] / count
     scatter = sums[SECOND] - count * np.outer(mean, mean)
     if config.head_rule == "whitening":
-        weight = half_inverse(scatter / count, config.head_shrinkage).T
+        half = half_inverse(scatter / count, config.head_shrinkage)
+        # S^-1 = h h^T and, with the columns of h^T reversed, R^T R for the triangular R of its QR decomposition (signs made positive)
+        upper: Float64 = np.linalg.qr(half.T[:, ::-1])[1]
+        lower = upper[::-1, ::-1]
+        weight = lower * np.sign(np.diagonal(lower))[:, None]
         return weight, -weight @ mean
     targets, cross = sums[TARGETS], sums[CROSS]
     if config.head_rule == "least_squares" or len(targets) == 1:

@@ -150,19 +150,31 @@ def test_the_whitening_of_one_round_is_that_of_all_healthy_plants_together(
     parts = [client_data(examples.of_clients([c]), c, config.data.validation_fraction, 0).train for c in clients]
     size = pipeline.latent_size(config)
     sums = statistics_head.zeros((size, size), "whitening")
+    vectors: list[torch.Tensor] = []
+    hook = model.head.register_forward_pre_hook(lambda _, given: vectors.append(given[0]))  # type: ignore[operator]
     model.eval()
     with torch.inference_mode():
         for part in parts:
             assert not part.columns["sick"].any()
-            latent = model(*tensors(APPLICATION, config, part))[2]  # the head is the identity before the round
-            statistics_head.add_examples(sums, latent.double().numpy(), part.targets)
+            model(*tensors(APPLICATION, config, part))
+            statistics_head.add_examples(sums, vectors[-1].double().numpy(), part.targets)
+    hook.remove()
     weight, bias = statistics_head.solve(sums, config.algorithm)
     np.testing.assert_allclose(arrays["head.weight"], weight, rtol=1e-3, atol=1e-3 * np.abs(weight).max())
     np.testing.assert_allclose(arrays["head.bias"], bias, rtol=1e-3, atol=1e-3 * np.abs(bias).max())
     assert all((arrays[n] == reference[n]).all() for n in reference if not n.startswith("head."))
     set_arrays(model, arrays, origin="the round")
     healthy = np.concatenate([predict(model, APPLICATION, config, p)["latent"] for p in parts])
-    assert np.mean(pipeline.distance(healthy) ** 2) == pytest.approx(1.0, rel=0.02)
+    white = torch.cat(vectors).double().numpy() @ weight.T + bias
+    np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(size), atol=1e-3)
+    weights = np.array([config.model.heat_weight, config.model.error_weight])
+    squares = white**2
+    squares[:, :2] = (
+        weights * np.maximum(white[:, :2], 0) ** 2
+    )  # less heat and error than healthy plants have is no evidence
+    expected = squares.sum(1) / (size - 2 + weights.sum() / 2)
+    np.testing.assert_allclose(pipeline.distance(healthy) ** 2, expected, rtol=0.02, atol=0.01)
+    assert np.mean(expected) == pytest.approx(1.0, rel=0.3)
 
     made.write(tmp_path / "d")
     command = [str(found.final), "--data", str(tmp_path / "d"), "--out", str(tmp_path / "out"), "--false-alarms", "0.2"]

@@ -68,6 +68,8 @@ def test_whitening_gives_the_mahalanobis_distance() -> None:
     off = x - x.mean(0)
     expected = np.einsum("ni,ij,nj->n", off, np.linalg.inv(np.cov(x.T, bias=True)), off)
     np.testing.assert_allclose(((x @ weight.T + bias) ** 2).sum(1), expected, rtol=1e-9)
+    triangular = np.linalg.inv(np.linalg.cholesky(np.cov(x.T, bias=True)))
+    np.testing.assert_allclose(weight, triangular, atol=1e-9 * np.abs(triangular).max())
 
 
 @given(seed=st.integers(0, 2**31), clients=st.integers(1, 9), skewed=st.booleans())
