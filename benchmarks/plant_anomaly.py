@@ -26,6 +26,7 @@ from applications.plant_anomaly import APPLICATION, detect, pipeline
 from applications.plant_anomaly.config import Config
 from applications.plant_anomaly.data import Photographs
 from applications.plant_anomaly.floor import colour_neighbours
+from applications.plant_anomaly.metrics import rate_at
 from benchmarks.quality import call, interval
 from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
@@ -128,6 +129,7 @@ def judged(model: Trained, config: Config, fit: Photographs, rest: Photographs, 
     }
     rows["threshold of 5 % false alarms"] = {
         "found": float((distance[sick] > threshold).mean()),
+        "found at 5 % of the other healthy": rate_at(distance[sick | home], sick[sick | home], FALSE_ALARMS) or 0.0,
         f"found {site}": float((distance[sick & home] > threshold).mean()),
         f"alarms {site}": float((distance[~sick & home] > threshold).mean()),
         "alarms elsewhere": float((distance[~sick & ~home] > threshold).mean()),
@@ -161,8 +163,8 @@ def verdict(seeds: list[Rows]) -> int:
         value, transfer = mean("latent distance", name), mean("latent distance", f"transfer {name}")
         goals[f"{name}: ROC AUC {value:.4f}, at least {least}"] = value >= least
         goals[f"{name} against other sites' healthy leaves: {transfer:.4f}, at least {TRANSFER}"] = transfer >= TRANSFER
-    found = mean("threshold of 5 % false alarms", "found")
-    goals[f"found at the threshold: {found:.3f}, at least {FOUND}"] = found >= FOUND
+    found = mean("threshold of 5 % false alarms", "found at 5 % of the other healthy")
+    goals[f"found at 5 % false alarms: {found:.3f}, at least {FOUND}"] = found >= FOUND
     for goal, met in goals.items():
         print(f"  {'met   ' if met else 'MISSED'} {goal}")
     return 0 if all(goals.values()) else 1
