@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy.typing as npt
 from torch import Tensor, nn
 
 from fl_core.algorithms.base import Algorithm, ClientUpdate, GradientTerms, LocalEnd, LocalStart, LocalWork
@@ -94,6 +95,12 @@ class SharedOnly(ClientUpdate):
     def __init__(self, update: ClientUpdate, shared: Sequence[bool]) -> None:
         self._update, self._shared = update, tuple(shared)
         self.frozen = update.frozen
+
+    def prepare(self, targets: npt.NDArray[Any]) -> None:
+        self._update.prepare(targets)
+
+    def restrict(self, outputs: Any) -> Any:
+        return self._update.restrict(outputs)
 
     def terms(self) -> GradientTerms | None:
         terms = self._update.terms()

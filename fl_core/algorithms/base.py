@@ -288,13 +288,22 @@ class ClientUpdate:
         """Where ``frozen``, on what ``begin`` returned: the global model in evaluation mode, and the client's training examples once
         as (inputs, targets), neither shuffled nor augmented. No gradients are recorded."""
 
+    def prepare(self, targets: npt.NDArray[Any]) -> None:
+        """Before the first step, on what ``begin`` returned: the targets of all of the client's training examples. Raises InputError
+        where the algorithm is not defined for them."""
+
+    def restrict(self, outputs: Any) -> Any:
+        """What the loss is given of the model's outputs in training; the model itself stays as it is."""
+        return outputs
+
     def finish(self, work: LocalWork) -> LocalEnd:
         """Called once, on what ``begin`` returned, after at least one step (where ``frozen``, after ``observe``)."""
         return LocalEnd()
 
     def terms(self) -> GradientTerms | None:
-        """What is added to the gradients; None when only ``adjust_gradients`` knows, which the sequential path calls."""
-        own = type(self).adjust_gradients is not ClientUpdate.adjust_gradients
+        """What is added to the gradients; None when only ``adjust_gradients`` or ``restrict`` knows, which the sequential path calls."""
+        kind = type(self)
+        own = kind.adjust_gradients is not ClientUpdate.adjust_gradients or kind.restrict is not ClientUpdate.restrict
         return None if own else GradientTerms()
 
     def adjust_gradients(self, parameters: Sequence[Tensor], reference: Sequence[Tensor]) -> None:

@@ -67,6 +67,9 @@ class AlgorithmConfig:
     )
     proximal_mu: float = number(0.01, low=0.0, help="fedprox, fedasync")
     fednova_mu: float = number(0.0, low=0.0, help="fednova: proximal term of the local objective")
+    restriction: float = number(
+        0.5, low=0.0, high=1.0, help="fedrs: factor of the scores of classes that a client has no example of"
+    )
     feddyn_alpha: float = number(0.1, low=1e-9, help="feddyn")
     global_lr: float = number(
         1.0, low=0.0, help="scaffold, fednova, fedbuff: length of the server's step; 1 = the mean of the clients"

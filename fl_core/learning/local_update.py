@@ -74,6 +74,7 @@ def local_update(
     if client_update.frozen:
         client_update.observe(model.eval(), _as_they_are(application, config, data))
         return LocalResult(get_arrays(model), len(data), 0.0, steps=1)
+    client_update.prepare(data.targets)
     loss_function, augment = application.loss_function(), application.augment_function()
     parameters = [p for p in model.parameters() if p.requires_grad]
     origin = [p.detach().clone() for p in parameters]
@@ -87,7 +88,8 @@ def local_update(
         batch = augmented(data.take(index), index, seeding.key(seed, "augment", round, client, epoch), config, augment)
         targets = torch.from_numpy(np.ascontiguousarray(batch.targets))
         optimizer.zero_grad(set_to_none=True)
-        numerator, denominator = loss_function(model(*tensors(application, config, batch)), targets, config)
+        outputs = client_update.restrict(model(*tensors(application, config, batch)))
+        numerator, denominator = loss_function(outputs, targets, config)
         (numerator / denominator).backward()
         client_update.adjust_gradients(parameters, origin)
         if config.optimizer.clip_norm > 0:

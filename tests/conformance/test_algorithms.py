@@ -217,7 +217,8 @@ def federate(
     name: str, out: Path, *, without: tuple[str, ...] = (), poisoned: tuple[str, ...] = (), population: int = 0
 ) -> dict[str, Any]:
     """Two rounds over toy clients; the poisoned ones answer NaN, a wrong shape, or an error."""
-    app, config = small_config("toy_regression", f"algorithm.name={name}", "data.clients=6")
+    toy = "plant_disease" if name == "fedrs" else "toy_regression"  # fedrs is for classifiers
+    app, config = small_config(toy, f"algorithm.name={name}", "data.clients=6")
     examples = app.generate(config, 0).examples(config)
     states = SlotStates(out / ".clients", examples.clients().index)
 
@@ -254,7 +255,8 @@ def federate(
 
 
 def test_failed_and_poisoned_replies_count_for_nothing(name: str, tmp_path: Path) -> None:
-    bad = ("client-0001", "client-0003", "client-0004")
+    named = ("site-0001", "site-0003", "site-0004") if name == "fedrs" else ()
+    bad = named or ("client-0001", "client-0003", "client-0004")
     found = federate(name, tmp_path / "poisoned", poisoned=bad)
     expected = federate(name, tmp_path / "without", without=bad, population=6)
     assert found["sha"] == expected["sha"]
