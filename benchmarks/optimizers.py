@@ -49,35 +49,44 @@ SIZES: dict[str, list[str]] = {
 COMMON = ["pretrain.average_last=0", "optimizer.weight_decay=0.01", "optimizer.clip_norm=0"]
 
 
-def grid(name: str) -> list[dict[str, float]]:
-    """Eight settings of each optimiser: four lengths of a step, and over how many epochs the learning rate falls."""
-    lengths = {
-        "sgd": ("lr", (0.01, 0.03, 0.1, 0.3)),
-        "adamw": ("lr", (0.01, 0.02, 0.04, 0.08)),
-        "lamb": ("lr", (0.01, 0.03, 0.1, 0.3)),
-        "soap": ("lr", (0.005, 0.01, 0.04, 0.15)),
-        "kfac": ("kl_clip", (0.0003, 0.001, 0.003, 0.01)),
+Setting = dict[str, float | str]  # keys of [optimizer], and epochs: over how many the learning rate falls
+
+SMALL_RATES = [(lr, 0.01) for lr in (0.002, 0.005, 0.01, 0.02, 0.04, 0.08)] + [(0.01, 0.1), (0.02, 0.1)]  # weight decay
+LENGTHS = {  # of a step
+    "sgd": (0.01, 0.03, 0.1, 0.3),
+    "adamw": (0.02, 0.04, 0.08, 0.16),
+    "lamb": (0.003, 0.01, 0.03, 0.1),
+    "soap": (0.005, 0.01, 0.04, 0.15),
+}
+
+
+def grid(name: str) -> list[Setting]:
+    """Eight settings of each optimiser: four lengths of a step, and over how many epochs the learning rate falls.
+
+    K-FAC bounds its steps by what they change: four with momentum and rare measurements, the length of a step falling as the
+    learning rate, and four that measure and decompose at every step and go as far as the bound allows.
+    """
+    if name != "kfac":
+        return [{"lr": value, "epochs": epochs} for value in LENGTHS[name] for epochs in (10, 20)]
+    rare: Setting = {
+        "damping": 0.003,
+        "momentum": 0.9,
+        "kl_clip": 0.001,
+        "decay": 0.9,
+        "update_every": 5,
+        "measure_every": 5,
     }
-    key, values = lengths[name]
-    settings = [{key: value, "epochs": epochs} for value in values for epochs in (10.0, 20.0)]
-    assert len(settings) == SETTINGS
-    return settings
+    fresh: Setting = {"lr": 1.0, "momentum": 0.0, "damping": 0.03, "decay": 0.7, "update_every": 1, "fisher": "sampled"}
+    settings = [{**rare, "lr": lr, "epochs": epochs} for lr in (0.005, 0.01) for epochs in (6, 8)]
+    return settings + [{**fresh, "kl_clip": clip, "epochs": epochs} for clip in (1.0, 3.0) for epochs in (4, 5)]
 
 
 BASE = {  # what is not tuned
     "sgd": ["optimizer.momentum=0.9"],
     "adamw": [],
     "lamb": [],
-    "soap": ["optimizer.max_factor=512", "optimizer.update_every=5"],
-    "kfac": [
-        *(
-            "optimizer.momentum=0.9",
-            "optimizer.update_every=5",
-            "optimizer.measure_every=5",
-            "optimizer.max_factor=160",
-        ),
-        *("optimizer.lr=0.1", "optimizer.decay=0.9", "optimizer.damping=0.001"),  # the step is bounded by kl_clip
-    ],
+    "soap": ["optimizer.max_factor=512", "optimizer.update_every=1"],
+    "kfac": ["optimizer.max_factor=160"],
 }
 
 
@@ -173,15 +182,14 @@ def cell(task: Task, key: str, **options: Any) -> dict[str, Any]:
     return document
 
 
-def settings_of(setting: dict[str, float]) -> list[str]:
+def settings_of(setting: Setting) -> list[str]:
     return [f"optimizer.{name}={value}" for name, value in setting.items() if name != "epochs"]
 
 
 def targets_of(task: Task, seeds: Sequence[int]) -> tuple[dict[int, float], dict[str, Any]]:
     """Seed -> the validation loss of AdamW, tuned with the tuning seed, after 10 epochs at batch 32."""
     epochs = 2 if task.quick else SMALL_EPOCHS
-    rates = (0.002, 0.005, 0.01, 0.02)
-    tried = [(lr, decay) for lr in rates for decay in (0.01, 0.1)][: 2 if task.quick else SETTINGS]
+    tried = SMALL_RATES[: 2 if task.quick else SETTINGS]
 
     def one(number: int, seed: int) -> dict[str, Any]:
         lr, decay = tried[number]
@@ -208,7 +216,9 @@ def targets_of(task: Task, seeds: Sequence[int]) -> tuple[dict[int, float], dict
 def judged(
     task: Task, name: str, targets: dict[int, float], batches: dict[int, int], seeds: Sequence[int]
 ) -> dict[str, Any]:
-    settings = grid(name)[: 2 if task.quick else SETTINGS]
+    settings = grid(name)
+    assert len(settings) == SETTINGS
+    settings = settings[: 2 if task.quick else SETTINGS]
     limit = best_limit = task.longest * PARTS
 
     def one(number: int, seed: int, limit: int) -> dict[str, Any]:

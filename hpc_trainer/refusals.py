@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fl_core.contracts.errors import ConfigError
+from fl_core.learning.application import Application
 from fl_core.learning.normalization import GHOST_BATCH
 from hpc_trainer.batch_norm import normalises_by_batch
 from hpc_trainer.coarse import levels
@@ -89,3 +90,11 @@ def refuse_what_breaks_integrity(
         )
     if pretrain.precision == "bf16" and dtype == torch.float64:
         raise ConfigError("pretrain.precision = 'bf16' and float64 exclude each other")
+
+
+def refuse_what_draws_no_targets(application: Application, config: Any) -> None:
+    if config.optimizer.name == "kfac" and config.optimizer.fisher == "sampled" and not application.sample:
+        raise ConfigError(
+            f"optimizer.fisher = 'sampled': {application.name} does not say how its model draws targets",
+            remedy="set optimizer.fisher=empirical, or give the application a sample function",
+        )

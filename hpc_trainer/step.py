@@ -26,6 +26,7 @@ from fl_core.learning.local_update import augmented
 from fl_core.learning.micro_batch import MicroBatch, micro_batch
 from fl_core.learning.normalization import GHOST_BATCH, GhostBatchNorm
 from fl_core.learning.torch_arrays import tensors
+from fl_core.optimizers.kfac import KFAC
 from hpc_trainer import phases
 from hpc_trainer.coarse import coarsened
 from hpc_trainer.layout import SAMPLES, Layout
@@ -109,9 +110,11 @@ class Step:
         placement: Placement,
         recipe: Recipe,
         phase: phases.Phases = phases.unobserved,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.config, self.placement, self.recipe = config, placement, recipe
-        self.loss_function = application.loss_function()
+        self.loss_function, self.sample = application.loss_function(), application.sample_function()
+        self.kfac = optimizer if isinstance(optimizer, KFAC) else None
         self.phase = phase
         self.own = torch.zeros(())  # this process's part of the last batch's numerator
         self.ghosts = [m for m in placement.model.modules() if isinstance(m, GhostBatchNorm)]
@@ -139,6 +142,8 @@ class Step:
         if len(batches) > 1:
             self._total(sums)
             self.placement.scale_gradients(1 / sums[1])
+        if self.kfac is not None and (len(batches) > 1 or self.kfac.samples):
+            self.kfac.scaled(1 / float(sums[1]))
         self._settle_ghosts()
         return sums
 
@@ -176,10 +181,20 @@ class Step:
             outputs = forward(module, batch.inputs, self.config)
         with self.phase(phases.LOSS):
             numerator, denominator = self.loss_function(outputs, batch.targets, self.config)
+        if self.kfac is not None and self.kfac.samples:
+            self._sample_curvature(self.kfac, outputs, batch)
         if batch.real == 0:
             return numerator * 0.0, denominator * 0.0
         copies = self.placement.layout.copies
         return (numerator, denominator) if copies == 1 else (numerator / copies, denominator / copies)
+
+    def _sample_curvature(self, kfac: KFAC, outputs: Any, batch: Batch) -> None:
+        assert self.sample is not None
+        drawn = tuple(o.detach() for o in outputs) if isinstance(outputs, tuple) else outputs.detach()
+        keys = seeding.example_keys(seeding.key("curvature"), batch.keys.astype(np.int64))
+        numerator, _ = self.loss_function(outputs, self.sample(drawn, keys, self.config), self.config)
+        with self.phase(phases.BACKWARD):
+            kfac.sample(numerator if batch.real else numerator * 0.0)
 
     def _settle_ghosts(self) -> None:
         """Running statistics of ghost batch norm: one sum over processes for all layers."""

@@ -34,7 +34,7 @@ from hpc_trainer.placement import place
 from hpc_trainer.prefetch import ahead
 from hpc_trainer.processes import Processes
 from hpc_trainer.recipe import RIGHT, Recipe
-from hpc_trainer.refusals import refuse_what_breaks_integrity
+from hpc_trainer.refusals import refuse_what_breaks_integrity, refuse_what_draws_no_targets
 from hpc_trainer.run_folder import Progress, RunFolder
 from hpc_trainer.sampler import steps_per_epoch
 from hpc_trainer.schedules import learning_rate
@@ -93,6 +93,7 @@ class Trainer:
         self.on_epoch, self.on_step, self.on_gradients = on_epoch, on_step, on_gradients
         self.layout = arrange(config.pretrain, processes.rank, processes.world, processes.device.type)
         self.batches = Batches(application, config, data.train, self.layout, seed)
+        refuse_what_draws_no_targets(application, config)
         self.model: nn.Module = application.build_model(config)
         if start is not None:
             set_arrays(self.model, start.arrays, origin="the checkpoint to start from")
@@ -106,7 +107,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.placement.model, config.optimizer, self.layout.summed)
         self.base_lr = config.pretrain.lr or config.optimizer.lr
         self.average = ModelAverage(config.pretrain.average_last, config.pretrain.epochs)
-        self.one_step = Step(application, config, self.placement, recipe, phase)
+        self.one_step = Step(application, config, self.placement, recipe, phase, self.optimizer)
         self.evaluation = Evaluation(application, config, self.one_step, processes, self.layout)
         self.steps = steps_per_epoch(len(data.train), config.pretrain.batch_size)
         self.losses: list[float] = []  # the global loss of every step

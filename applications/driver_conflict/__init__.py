@@ -25,6 +25,7 @@ APPLICATION = Application(
     higher_is_better=True,
     model="applications.driver_conflict.model:build_model",
     loss="applications.driver_conflict.loss:loss",
+    sample="applications.driver_conflict.loss:sample",
     augment="applications.driver_conflict.augment:augment",
     floor="applications.driver_conflict.floor:boosted_trees",
     pictures="applications.driver_conflict.pictures:pictures",

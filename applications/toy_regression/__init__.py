@@ -25,6 +25,7 @@ APPLICATION = Application(
     higher_is_better=True,
     model="applications.toy_regression.model:build_model",
     loss="applications.toy_regression.loss:loss",
+    sample="applications.toy_regression.loss:sample",
     samples=SAMPLES,
     verify=("model.hidden=12",),
 )

@@ -29,6 +29,12 @@ class OptimizerConfig:
         2048, low=1, help="larger factors are cut into diagonal blocks (kfac; 1 = diagonal) or left out (soap)"
     )
     kl_clip: float = number(0.001, low=0.0, help="kfac: bound on a step's change of the predictions; 0 = none")
+    fisher: str = choice(
+        "empirical",
+        "empirical",
+        "sampled",
+        help="kfac: curvature from the targets' gradients, or from gradients of targets that the model itself would draw",
+    )
     inverses: str = choice(
         "everywhere", "everywhere", "owner", help="kfac: where decompositions are kept; owner = on one process each"
     )

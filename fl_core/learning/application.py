@@ -47,6 +47,8 @@ class Application:
       loss(outputs, targets, config) -> (numerator, denominator), both scalar Tensors: sums over the examples, never means;
       augment(inputs, seeds, config) -> inputs, numpy (N, ...) arrays, ``seeds`` (N,) uint64 keyed by (seed, epoch, example);
         or an ``Augmentation``, where the targets move with the inputs.
+    sample: "module:attribute" of targets that the model itself would draw, where the loss is a negative log-likelihood:
+      sample(outputs, keys, config) -> targets, keyed by ``keys`` (N,) uint64; the expected gradient of their loss is zero.
     floor: "module:attribute" of the classical methods to read the model's scores by:
       floor(config, train, test, *, seed) -> name -> outputs on ``test``, as the model would give them.
     pictures: "module:attribute" of what a report shows beside the scores, inputs, predictions and errors; needs matplotlib:
@@ -74,6 +76,7 @@ class Application:
     model: str | Callable[..., Any]
     loss: str | Callable[..., Any]
     augment: str | Callable[..., Any] = ""
+    sample: str | Callable[..., Any] = ""
     floor: str = ""
     pictures: str | Callable[..., Any] = ""
     samples: SampleFormat | None = None
@@ -87,6 +90,9 @@ class Application:
 
     def augment_function(self) -> Callable[..., Any] | None:
         return resolve(self.augment) if self.augment else None
+
+    def sample_function(self) -> Callable[..., Any] | None:
+        return resolve(self.sample) if self.sample else None
 
     def floor_function(self) -> Callable[..., dict[str, dict[str, npt.NDArray[Any]]]] | None:
         return resolve(self.floor) if self.floor else None

@@ -2,8 +2,9 @@
 
 Martens & Grosse (ICML 2015, arXiv:1503.05671) for linear layers, Grosse & Martens (ICML 2016, arXiv:1602.01407) for
 convolutions, Osawa et al. (CVPR 2019, arXiv:1811.12019) for normalisations; decompositions spread over processes as in
-KAISA (Pauloski et al., SC 2021, arXiv:2107.01739). The curvature is the empirical Fisher matrix of the mean loss: what
-``backward`` computes anyway. Statistics are sums over all processes divided by global counts, so that the step does not
+KAISA (Pauloski et al., SC 2021, arXiv:2107.01739). The curvature is the empirical Fisher matrix of the mean loss, what
+``backward`` computes anyway; or, with ``fisher = "sampled"``, the Fisher matrix itself, from the gradients of targets that the
+model would draw (whoever trains calls ``sample``): of a squared error the Gauss-Newton matrix. Statistics are sums over all processes divided by global counts, so that the step does not
 depend on how many processes took it. Parameters of other layers take plain momentum steps.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fl_core.contracts.errors import ConfigError
 from fl_core.contracts.sections import OptimizerConfig
@@ -66,6 +68,8 @@ class KFAC(torch.optim.Optimizer):
         self.rank, self.world = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
         self.blocks: list[Block] = []
         self._sums: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._edges: list[GradientEdge] = []  # the layers' outputs of the forward pass under way, for ``sample``
+        self._sampling = self._sampled = False
         handles = []
         seen: set[int] = set()
         for module in model.modules():
@@ -109,6 +113,25 @@ class KFAC(torch.optim.Optimizer):
             before = self._sums.get(number)
             self._sums[number] = (a, g, count) if before is None else (before[0] + a, before[1] + g, before[2] + count)
 
+    @property
+    def samples(self) -> bool:
+        """Whether this step's curvature comes from ``sample``."""
+        return self.measuring and self.config.fisher == "sampled"
+
+    def sample(self, loss: Tensor) -> None:
+        """Measures by the gradients of ``loss``, of targets that the model drew, before the backward pass of the targets
+        that it learns from; parameters' gradients stay as they are, the graph is kept."""
+        self._sampling = True
+        try:
+            torch.autograd.grad(loss, self._edges, retain_graph=True, allow_unused=True)
+        finally:
+            self._sampling, self._edges = False, []
+        self._sampled = True
+
+    def scaled(self, factor: float) -> None:
+        """The gradients that this step was measured by are those of the global mean loss times 1 / ``factor``."""
+        self._sums = {n: (a, g * factor**2, count) for n, (a, g, count) in self._sums.items()}
+
     def _measured(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Sums of every block over all processes; this clears the local ones."""
         local = []
@@ -132,6 +155,12 @@ class KFAC(torch.optim.Optimizer):
 
     def _update_factors(self) -> None:
         """Running averages, of which the first measurements are plain means (Martens & Grosse, section 5)."""
+        if self.samples and not self._sampled:
+            raise ConfigError(
+                "optimizer.fisher = 'sampled', and nobody sampled: only pretraining does",
+                remedy="set optimizer.fisher=empirical",
+            )
+        self._sampled, self._edges = False, []
         sums = self._measured()
         if not sums:
             return
@@ -320,9 +349,12 @@ def _forward_hook(optimizer: weakref.ref[KFAC], numbers: Sequence[int]) -> Calla
         x, y = arguments[0].detach(), output.detach()
 
         def measure(gradient: Tensor) -> None:
-            kfac.observe(numbers, x, y, gradient.detach())
+            if kfac._sampling or kfac.config.fisher == "empirical":
+                kfac.observe(numbers, x, y, gradient.detach())
 
         output.register_hook(measure)
+        if kfac.samples:
+            kfac._edges.append(get_gradient_edge(output))  # now: what follows may change the output in place
 
     return hook
 

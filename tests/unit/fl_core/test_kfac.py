@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,8 +71,9 @@ def fisher(layer: nn.Module, inputs: Tensor, slopes: Tensor) -> Tensor:
     return stacked.T @ stacked / len(rows)
 
 
+@pytest.mark.parametrize("fisher_of", ["empirical", "sampled"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_step_solves_with_the_fisher_matrix_of_each_layer(name: str) -> None:
+def test_a_step_solves_with_the_fisher_matrix_of_each_layer(name: str, fisher_of: str) -> None:
     """Where activations and gradients are independent, and gradients uncorrelated between positions, K-FAC is exact."""
     layer, shape = LAYERS[name]
     layer = layer.double()
@@ -82,10 +84,15 @@ def test_a_step_solves_with_the_fisher_matrix_of_each_layer(name: str) -> None:
     if transposed_bias:  # a block of its own
         exact[-layer.bias.numel() :, : -layer.bias.numel()] = 0
         exact[: -layer.bias.numel(), -layer.bias.numel() :] = 0
-    optimizer = build_optimizer(layer, PLAIN)
+    optimizer = build_optimizer(layer, replace(PLAIN, fisher=fisher_of))
     begin = torch.cat([p.detach().reshape(-1) for p in layer.parameters()])
     # The gradient of the mean of linear losses: N times the factors, so that only the right scaling solves exactly.
-    ((layer(inputs) * slopes).sum() / len(inputs)).backward()
+    out = layer(inputs)
+    loss = (out * slopes).sum() / len(inputs)
+    if fisher_of == "sampled":  # what is learned from counts for nothing
+        optimizer.sample(loss)
+        loss = out.square().sum()
+    loss.backward()
     torch.manual_seed(2)
     target = torch.randn_like(begin)
     pieces = target.split([p.numel() for p in layer.parameters()])
@@ -242,6 +249,26 @@ def test_hooks_end_with_the_optimiser_and_evaluation_measures_nothing() -> None:
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ConfigError, match="float32 or float64"):
         build_optimizer(nn.Linear(2, 2).bfloat16(), PLAIN)
+    layer = nn.Linear(2, 2)
+    optimizer = build_optimizer(layer, replace(PLAIN, fisher="sampled"))
+    layer(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ConfigError, match="nobody sampled"):
+        optimizer.step()
+
+
+def test_sampling_leaves_gradients_alone_and_reaches_layers_before_activations_in_place() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    optimizer = build_optimizer(model, replace(PLAIN, fisher="sampled"))
+    assert isinstance(optimizer, KFAC)
+    out = model(torch.randn(5, 3))
+    optimizer.sample(out.square().sum())
+    assert set(optimizer._sums) == {0, 1}
+    assert all(p.grad is None for p in model.parameters())
+    measured = optimizer._sums[0][1].clone()
+    out.sum().backward()
+    assert torch.equal(optimizer._sums[0][1], measured)
+    optimizer.scaled(3.0)
+    torch.testing.assert_close(optimizer._sums[0][1], 9 * measured)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_curvature_alone() -> None:

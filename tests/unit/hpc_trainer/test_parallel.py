@@ -25,6 +25,13 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "ddp, batch norm": (TOY, ()),
     "ddp, ghost norm": (TOY, ("model.norm=ghost",)),
     "ddp, accumulation": (TOY, ("model.norm=group", "pretrain.micro_batch=3", "optimizer.clip_norm=0.5")),
+    "ddp, K-FAC of sampled targets, accumulation": (
+        TOY,
+        (
+            *("model.norm=group", "pretrain.micro_batch=3", "optimizer.name=kfac", "optimizer.fisher=sampled"),
+            *("optimizer.lr=0.01", "optimizer.update_every=3", "optimizer.measure_every=2"),
+        ),
+    ),
     "ddp, accumulated ghost batches": (TOY, ("model.norm=ghost", "pretrain.micro_batch=8", "pretrain.batch_size=40")),
     "fsdp, clipped AdamW": (TOY, ("pretrain.parallel=fsdp", *WIDE)),
     "fsdp, accumulation": (
