@@ -85,7 +85,7 @@ BASE = {  # what is not tuned
     "sgd": ["optimizer.momentum=0.9"],
     "adamw": [],
     "lamb": [],
-    "soap": ["optimizer.max_factor=512", "optimizer.update_every=1"],
+    "soap": ["optimizer.max_factor=512", "optimizer.update_every=5"],
     "kfac": ["optimizer.max_factor=160"],
 }
 
