@@ -72,11 +72,11 @@ class Plan:
 
 
 def data_sets(coarse: int, fine: int, *, quick: bool) -> dict[str, DataSet]:
-    """Training companies 0 to 15, validation 16 to 31, test 32 to 39; each fine problem is one of the coarse set."""
+    """Training companies 0 to 15, validation 16 to 31, test 40 to 47; each fine problem is one of the coarse set."""
     if quick:
         train, few, val, test = (4, 2), (4, 1), (4, 4, 1), (8, 4, 1)
     else:
-        train, few, val, test = (16, 16), (16, 3), (16, 16, 1), (32, 8, 2)
+        train, few, val, test = (16, 16), (16, 6), (16, 16, 1), (40, 8, 2)
     made = {
         f"train{coarse}": DataSet(side=coarse, first=0, clients=train[0], problems=train[1], seed=0),
         f"train{fine}": DataSet(side=fine, first=0, clients=few[0], problems=few[1], seed=0, coarse=f"train{coarse}"),

@@ -175,10 +175,10 @@ def judged(model: Path, common: list[str], seed: int) -> dict[str, Any]:
     return {k: v for k, v in document["groups"].items() if k.endswith(UNSEEN)}
 
 
-def floors(name: str, data: str, seed: int) -> Variants:
+def floors(name: str, data: str, seed: int, *, preset: str = "default") -> Variants:
     """The application's classical methods, on the clients that every other row is trained and judged on."""
     app = application(name)
-    method, config = app.floor_function(), app.configure()
+    method, config = app.floor_function(), app.configure(preset=preset)
     if method is None:
         return {}
     print(f"  floor of {name}, seed {seed}", file=sys.stderr, flush=True)

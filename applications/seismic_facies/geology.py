@@ -51,9 +51,9 @@ def ages(rng: np.random.Generator, shape: tuple[int, int, int], style: Style) ->
     x, y, z = np.meshgrid(*(np.arange(n, dtype=np.float64) for n in shape), indexing="ij", sparse=True)
     u = z - rng.normal(0, style.dip) * (x - shape[0] / 2) - rng.normal(0, style.dip) * (y - shape[1] / 2)
     for _ in range(int(rng.integers(2, 6))):  # folds, stronger with depth
-        width = rng.uniform(10, 30)
+        width = rng.uniform(20, 40)
         bump = np.exp(-((x - rng.uniform(0, shape[0])) ** 2 + (y - rng.uniform(0, shape[1])) ** 2) / (2 * width**2))
-        u = u - rng.normal(0, 0.2 * width) * (0.5 + z / shape[2]) * bump
+        u = u - rng.normal(0, 0.15 * width) * (0.5 + z / shape[2]) * bump
     for _ in range(int(rng.poisson(style.faults))):
         strike, lean = rng.uniform(0, 2 * np.pi), rng.uniform(0.2, 0.7)
         centre = [rng.uniform(0.15, 0.85) * n for n in shape]
@@ -79,6 +79,16 @@ def at_age(values: Array, age: Array) -> Array:
     return np.interp(age.ravel() + AGES / 2, np.arange(AGES), values, period=AGES).reshape(age.shape)
 
 
+def waves(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """Height of sediment waves over (inline, crossline), in samples: crests that bend, steep enough to stand out from the wavelet."""
+    x, y = np.meshgrid(*(np.arange(n, dtype=np.float64) for n in shape), indexing="ij")
+    angle, length = rng.uniform(0, 2 * np.pi), rng.uniform(12, 18)
+    along = x * np.cos(angle) + y * np.sin(angle) + 3 * smooth_field(rng, shape, (10.0, 10.0))
+    height = rng.uniform(0.9, 1.2) * length / (2 * np.pi)
+    made: Array = height * np.sin(2 * np.pi * along / length)
+    return made
+
+
 def texture(rng: np.random.Generator, facies: int, unit: Array, age: Array) -> Array:
     """Reflectivity of one facies at the voxels of ``unit`` (a mask); ``age`` (of the whole volume) counts from the unit's top."""
     shape = unit.shape
@@ -87,11 +97,9 @@ def texture(rng: np.random.Generator, facies: int, unit: Array, age: Array) -> A
     if facies == PARALLEL:
         return at_age(series(rng), below)
     if facies == WAVY:
-        wave = smooth_field(rng, shape[:2], (3.0, 3.0)) * rng.uniform(1.5, 3.0)
-        fade = 1 + 0.5 * smooth_field(rng, shape[:2], (4.0, 4.0))
-        return at_age(series(rng), below + wave[x, y]) * fade[x, y]
+        return at_age(series(rng), below + waves(rng, shape[:2])[x, y])
     if facies == CLINOFORM:
-        angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 0.9)
+        angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 1.0)
         return at_age(series(rng), below + slope * (x * np.cos(angle) + y * np.sin(angle)))
     if facies == CHAOTIC:
         return smooth_field(rng, shape, (1.5, 1.5, 0.5))[unit]
@@ -112,15 +120,16 @@ def channel_bodies(rng: np.random.Generator, age: Array, labels: Array, reflecti
         along = (x - shape[0] / 2) * np.cos(angle) + (y - shape[1] / 2) * np.sin(angle)
         across = -(x - shape[0] / 2) * np.sin(angle) + (y - shape[1] / 2) * np.cos(angle)
         bend = rng.uniform(3, 9) * np.sin(2 * np.pi * along / rng.uniform(30, 70) + rng.uniform(0, 2 * np.pi))
-        half, depth = rng.uniform(8, 15), rng.uniform(11, 20)
+        half, depth = rng.uniform(12, 18), rng.uniform(12, 20)
         place = ((across - bend - rng.uniform(-0.4, 0.4) * shape[1]) / half)[..., None]
         top = rng.uniform(0, shape[2])
         below = age - top
-        inside = (np.abs(place) < 1) & (below >= 0) & (below <= depth * (1 - place**2))
-        conformal = (below + 0.8 * depth * place**2)[inside]
+        room = depth * (1 - place**2)  # between the channel's top and its base
+        inside = (np.abs(place) < 1) & (below >= 0) & (below <= room)
+        fill = (below + 0.6 * depth * place**2)[inside]  # less bent than the base, on which it ends
         labels[inside] = CHANNEL
-        reflectivity[inside] = at_age(series(rng), conformal) * np.exp(rng.normal(0.2, 0.25))
-        reflectivity[inside & (below > depth * (1 - place**2) - 1)] += contrast(rng)
+        reflectivity[inside] = at_age(series(rng), fill) * np.exp(rng.normal(0, 0.25))
+        reflectivity[inside & (below > room - 1)] += 1.5 * contrast(rng)
 
 
 def block(rng: np.random.Generator, shape: tuple[int, int, int], style: Style) -> tuple[Array, Array]:

@@ -161,6 +161,8 @@ def parameters(*overrides: str, preset: str = "default") -> int:
 def test_presets_have_the_size_they_promise() -> None:
     assert parameters() * 4 < 2_000_000  # bytes: what a small device holds
     assert parameters(preset="twin") == pytest.approx(parameters(), rel=0.1)
+    assert parameters(preset="attributes") * 4 < 2_000_000
+    assert parameters(preset="attributes_twin") == pytest.approx(parameters(preset="attributes"), rel=0.1)
     assert parameters(preset="large") >= 100_000_000
 
 
@@ -196,6 +198,14 @@ def test_the_twin_knows_one_inline_at_a_time() -> None:
         difference = (model(changed) - model(x)).abs().amax((0, 1, 3, 4))
     assert difference[5] > 0
     assert difference[[i for i in range(16) if i != 5]].max() == 0
+
+
+def test_waves_stand_out_from_the_wavelet_and_bend_more_than_folds() -> None:
+    for seed in range(5):
+        height = geology.waves(np.random.default_rng(seed), (64, 64))
+        assert 3 < np.ptp(height) < 8
+        steepest = np.hypot(*np.gradient(height)).max()
+        assert 0.7 < steepest < 2.0
 
 
 @pytest.mark.slow
