@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--epochs",
         type=int,
         nargs=3,
-        default=(30, 20, 10),
+        default=(30, 20, 3),
         metavar=("COARSE", "FINE", "COMPLIANCE"),
         help="0 = leave out",
     )
