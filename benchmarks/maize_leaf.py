@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--quick", action="store_true", help="one seed, generated leaves, two rows")
     args = parser.parse_args(arguments)
+    if (args.settings or args.data) and args.out == RESULTS and not args.quick:
+        parser.error("--set and --data need an --out of their own: results are kept by row and seed")
     folder = args.data or os.path.join(os.environ.get("FIELDFLEET_DATA", ""), "maize_leaf")
     if not args.quick and not Path(folder).is_dir():
         print("maize_leaf: needs its photographs; set FIELDFLEET_DATA, or --data", file=sys.stderr)

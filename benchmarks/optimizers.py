@@ -217,6 +217,8 @@ def judged(
     task: Task, name: str, targets: dict[int, float], batches: dict[int, int], seeds: Sequence[int]
 ) -> dict[str, Any]:
     settings = grid(name)
+    if not task.app.sample:  # says not how its model draws targets
+        settings = [{k: v for k, v in s.items() if k != "fisher"} for s in settings]
     assert len(settings) == SETTINGS
     settings = settings[: 2 if task.quick else SETTINGS]
     limit = best_limit = task.longest * PARTS

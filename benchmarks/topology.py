@@ -45,6 +45,7 @@ from benchmarks._topology_cells import (
     run_cell,
 )
 from edge_export.onnx_file import write_onnx
+from fl_core.contracts.errors import DataError
 from fl_core.learning.examples import Examples
 from fl_core.report.page import Page
 from fl_core.runtime.session import Session
@@ -97,6 +98,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not args.as_it_is:
         make(data, plan)
     found = {name: read(data / name, s.side) for name, s in plan.sets.items() if s.side in plan.sides}
+    if not args.as_it_is:
+        for name, s in plan.sets.items():
+            if name in found and len(found[name]) != s.clients * s.problems:
+                raise DataError(
+                    f"{data / name}: {len(found[name])} designs, {s.clients * s.problems} belong to this set",
+                    remedy="move the folder away: it holds problems of another version",
+                )
     if args.judged:
         few = {name: one for name, one in found.items() if not name.startswith("train")}
         found |= {name: one.take(spread(one, args.judged)) for name, one in few.items()}

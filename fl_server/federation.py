@@ -30,11 +30,11 @@ def read_federation(args: argparse.Namespace) -> Federation:
     """
     from fl_core.algorithms import build_algorithm
     from fl_core.learning.start import start_from
-    from fl_core.optimizers import check_name
+    from fl_core.optimizers import check_local
 
     app = application(args.application)
     config = app.configure(args.overrides, preset=args.preset)
-    check_name(config.optimizer)
+    check_local(config.optimizer)
     algorithm = build_algorithm(config.algorithm)
     algorithm.client_update.check(config.optimizer)
     check_mode(config.algorithm, algorithm)

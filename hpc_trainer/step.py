@@ -143,7 +143,7 @@ class Step:
             self._total(sums)
             self.placement.scale_gradients(1 / sums[1])
         if self.kfac is not None and (len(batches) > 1 or self.kfac.samples):
-            self.kfac.scaled(1 / float(sums[1]))
+            self.kfac.scaled(float(1 / sums[1]))
         self._settle_ghosts()
         return sums
 

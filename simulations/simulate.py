@@ -24,6 +24,7 @@ from fl_core.learning.examples import Examples, RawData
 from fl_core.learning.partition import split_clients
 from fl_core.learning.personal import personal_names
 from fl_core.learning.torch_arrays import get_arrays, set_arrays
+from fl_core.optimizers import check_local
 from fl_core.storage import atomic
 from fl_server.engine import RoundEngine
 from fl_server.history import RoundRecord
@@ -159,6 +160,7 @@ def _check(app: Application, config: Any, algorithm: Algorithm, clients: int) ->
             f"{app.name}: {clients} clients, {settings.min_clients} needed",
             remedy="lower algorithm.min_clients or add clients",
         )
+    check_local(config.optimizer)
     algorithm.client_update.check(config.optimizer)
     check_mode(settings, algorithm)
     if settings.mode == "async" and settings.buffer > clients:

@@ -139,7 +139,7 @@ def write_report(folder: Path, document: dict[str, Any], outputs: Outputs, examp
     spread = pictures.latent_map(latent, label, {"threshold": document["threshold"]})
     atomic.write_bytes(folder / "latent.png", spread)
     page.section("Latent space").picture(
-        spread, "Each point is a photograph; healthy ones lie about the origin at a distance of 1."
+        spread, "Each point is a photograph; healthy ones lie near the origin, at a distance of about 1."
     )
     score = pipeline.distance(latent)
     rows = []

@@ -34,12 +34,16 @@ class RestrictedUpdate(ClientUpdate):
                 f"algorithm.name = 'fedrs' is for classifiers: targets {targets.dtype}{list(targets.shape)} are no classes",
                 remedy="another algorithm, such as fedprox or scaffold",
             )
+        if targets.min(initial=0) < 0:
+            raise InputError("algorithm.name = 'fedrs': a target below 0 is no class")
         self._present = np.unique(targets).astype(np.int64)
 
     def restrict(self, outputs: Any) -> Any:
         if self._present is None or not hasattr(outputs, "ndim") or outputs.ndim != 2:
             raise InputError("algorithm.name = 'fedrs' is for models of one output, a score a class")
         scores: Tensor = outputs
+        if self._present.max(initial=0) >= scores.shape[1]:
+            raise InputError(f"algorithm.name = 'fedrs': a target above {scores.shape[1] - 1} has no score")
         scale = scores.new_full((scores.shape[1],), self.restriction)
         scale[self._present.tolist()] = 1.0
         return scores * scale

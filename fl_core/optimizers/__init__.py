@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from fl_core.contracts.errors import unknown_name
+from fl_core.contracts.errors import ConfigError, unknown_name
 from fl_core.contracts.sections import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -28,6 +28,16 @@ def check_name(config: OptimizerConfig) -> None:
     """Raises InputError with the list of the known ones; for those who only pass the configuration on to clients."""
     if config.name not in known_optimizers():
         raise unknown_name("optimizer.name", config.name, known_optimizers())
+
+
+def check_local(config: OptimizerConfig) -> None:
+    """Of the local updates of a federation. Raises InputError for an unknown name, ConfigError for what only pretraining does."""
+    check_name(config)
+    if config.name == "kfac" and config.fisher == "sampled":
+        raise ConfigError(
+            "optimizer.fisher = 'sampled': local updates draw no targets, only pretraining does",
+            remedy="set optimizer.fisher=empirical",
+        )
 
 
 def build_optimizer(

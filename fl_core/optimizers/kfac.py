@@ -3,9 +3,10 @@
 Martens & Grosse (ICML 2015, arXiv:1503.05671) for linear layers, Grosse & Martens (ICML 2016, arXiv:1602.01407) for
 convolutions, Osawa et al. (CVPR 2019, arXiv:1811.12019) for normalisations; decompositions spread over processes as in
 KAISA (Pauloski et al., SC 2021, arXiv:2107.01739). The curvature is the empirical Fisher matrix of the mean loss, what
-``backward`` computes anyway; or, with ``fisher = "sampled"``, the Fisher matrix itself, from the gradients of targets that the
-model would draw (whoever trains calls ``sample``): of a squared error the Gauss-Newton matrix. Statistics are sums over all processes divided by global counts, so that the step does not
-depend on how many processes took it. Parameters of other layers take plain momentum steps.
+``backward`` computes anyway; or, with ``fisher = "sampled"``, that of targets that the model itself would draw (whoever trains calls
+``sample``): of a log-likelihood the Fisher matrix, of a squared error the Gauss-Newton matrix. Statistics are sums over all processes
+divided by global counts, so that the step does not depend on how many processes took it. Parameters of other layers take plain
+momentum steps.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class KFAC(torch.optim.Optimizer):
         that it learns from; parameters' gradients stay as they are, the graph is kept."""
         self._sampling = True
         try:
-            torch.autograd.grad(loss, self._edges, retain_graph=True, allow_unused=True)
+            if self._edges:  # a model may have no layer of these kinds
+                torch.autograd.grad(loss, self._edges, retain_graph=True, allow_unused=True)
         finally:
             self._sampling, self._edges = False, []
         self._sampled = True

@@ -283,7 +283,7 @@ def test_two_simulated_rounds_work_and_repeat_bit_for_bit(name: str, case: Case,
 
 
 def test_targets_that_the_model_draws_have_a_score_of_mean_zero(case: Case) -> None:
-    """The expected gradient of their loss is zero, within five standard errors: what makes K-FAC's matrix the Fisher matrix."""
+    """The expected gradient of their loss is zero, within five standard errors, as that of a log-likelihood's."""
     sample = case.app.sample_function()
     if sample is None:
         pytest.skip("the loss is no likelihood")

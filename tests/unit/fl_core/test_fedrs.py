@@ -81,7 +81,11 @@ def test_absent_classes_are_left_alone_or_treated_as_by_fedavg() -> None:
 def test_what_is_no_classifier_is_refused() -> None:
     with pytest.raises(InputError, match=r"for classifiers: targets float32\[3\]"):
         update().prepare(np.zeros(3, np.float32))
+    with pytest.raises(InputError, match="below 0"):
+        update().prepare(np.array([0, -1]))
     found = update()
-    found.prepare(np.array([0, 1]))
+    found.prepare(np.array([0, 3]))
+    with pytest.raises(InputError, match="above 2"):
+        found.restrict(torch.zeros(2, 3))
     with pytest.raises(InputError, match="a score a class"):
         found.restrict((torch.zeros(2, 2), torch.zeros(2)))
