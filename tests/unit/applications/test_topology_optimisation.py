@@ -223,6 +223,17 @@ def test_node_fields_are_means_over_each_cells_nodes() -> None:
     np.testing.assert_allclose(found[:, 7], np.broadcast_to([[[[0.2]]], [[[0.4]]]], (2, 4, 4, 4)), atol=1e-7)
 
 
+def test_any_logits_are_filled_up_to_the_volume() -> None:
+    """However far from zero, and on whichever grid."""
+    for seed, (scale, offset, side) in enumerate(
+        ((1.0, 0.0, 8), (8.0, -90.0, 16), (30.0, 150.0, 16), (200.0, 0.0, 48))
+    ):
+        torch.manual_seed(seed)
+        fraction = torch.tensor([0.1, 0.286, 0.6])
+        density = fill(offset + scale * torch.randn(3, side, side, side), fraction)
+        torch.testing.assert_close(density.double().mean(dim=(1, 2, 3)), fraction.double(), rtol=1e-4, atol=0)
+
+
 def test_density_fills_exactly_the_volume_and_its_gradient_knows() -> None:
     torch.manual_seed(0)
     logits = (4 * torch.randn(3, 4, 4, 4, dtype=torch.float64)).requires_grad_()

@@ -206,11 +206,11 @@ def test_mbb_beam_has_the_published_compliance() -> None:
 
 
 @pytest.mark.slow
-def test_mbb_beam_by_the_density_filter_keeps_a_grey_skin() -> None:
-    """Softer than by the sensitivity filter, by the grey that the filter leaves at every edge, and never over its volume."""
+def test_mbb_beam_by_the_density_filter_is_as_stiff_as_ever() -> None:
+    """233.71 is this solver's own figure, of which no print is known: softer than by the sensitivity filter, by the grey at every edge."""
     settings = Settings(filter="density", radius=2.4, limit=400, tolerance=1e-8)
     design = optimise(problems.mbb_beam((60, 20)), settings)
-    assert 1.02 * 216.81 < design.compliance < 1.15 * 216.81
+    assert design.compliance == pytest.approx(233.71, rel=0.005)
     assert design.density.mean() == pytest.approx(0.5, abs=1e-3)
 
 
