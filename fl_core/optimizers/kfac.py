@@ -23,6 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fl_core.contracts.errors import ConfigError
 from fl_core.contracts.sections import OptimizerConfig
+from fl_core.learning.micro_batch import current
 from fl_core.optimizers import trainable
 from fl_core.optimizers._kfac_blocks import Block, blocks_of, reached
 
@@ -347,6 +348,8 @@ def _forward_hook(optimizer: weakref.ref[KFAC], numbers: Sequence[int]) -> Calla
     def hook(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         kfac = optimizer()
         if kfac is None or not module.training or not output.requires_grad or not kfac.measuring:
+            return
+        if current().recomputed:  # the outputs that gradients go through were seen before
             return
         x, y = arguments[0].detach(), output.detach()
 

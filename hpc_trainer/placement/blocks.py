@@ -48,10 +48,20 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return recomputed(), _again()
+    return recomputed(), Again()
 
 
-@contextlib.contextmanager
-def _again() -> Iterator[None]:
-    with recomputed(), recomputation():
-        yield
+class Again(AbstractContextManager[None]):
+    """The repetitions of one forward pass: one for each backward pass through it, of which there may be several."""
+
+    def __init__(self) -> None:
+        self._entered: list[contextlib.ExitStack] = []
+
+    def __enter__(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(recomputed())
+            stack.enter_context(recomputation())
+            self._entered.append(stack.pop_all())
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.pop().close()

@@ -280,21 +280,3 @@ def test_two_simulated_rounds_work_and_repeat_bit_for_bit(name: str, case: Case,
     manifest = checkpoints.load(found[0].final).manifest
     assert set(manifest.clients_seen).isdisjoint(found[0].held_out)
     assert app.primary_metric in manifest.metrics or manifest.metrics
-
-
-def test_targets_that_the_model_draws_have_a_score_of_mean_zero(case: Case) -> None:
-    """The expected gradient of their loss is zero, within five standard errors, as that of a log-likelihood's."""
-    sample = case.app.sample_function()
-    if sample is None:
-        pytest.skip("the loss is no likelihood")
-    config, draws = case.app.configure(case.app.verify), 20_000
-    torch.manual_seed(0)
-    rows = [torch.randn(1, *spec.shape[1:]).double() for spec in case.app.outputs(config)]
-    outputs = tuple(row.repeat(draws, *(1,) * (row.dim() - 1)).requires_grad_() for row in rows)
-    given = outputs if len(outputs) > 1 else outputs[0]
-    keys = seeding.example_keys(1, np.arange(draws))
-    targets = sample(tuple(o.detach() for o in outputs) if len(outputs) > 1 else outputs[0].detach(), keys, config)
-    numerator, _ = case.app.loss_function()(given, targets, config)
-    for score in torch.autograd.grad(numerator, outputs):
-        assert float(score.std(0).max()) > 0.1
-        assert bool((score.mean(0).abs() <= 5 * score.std(0) / draws**0.5).all())
