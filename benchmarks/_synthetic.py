@@ -19,6 +19,7 @@ from fl_clients.training.local_round import LocalRound
 from fl_core.algorithms import build_algorithm
 from fl_core.algorithms.base import Algorithm, GradientTerms
 from fl_core.contracts.arrays import Arrays
+from fl_core.contracts.errors import InputError
 from fl_core.contracts.sections import AlgorithmConfig, OptimizerConfig
 from fl_core.flower.messages import Reply, Request
 from fl_core.learning import seeding
@@ -116,7 +117,7 @@ APPLICATION = Application(
 
 
 def _none() -> Any:
-    raise NotImplementedError("this application lives in a benchmark and has no data set")
+    raise InputError("a benchmark's application has no data set of its own format", remedy="leave --data out")
 
 
 def examples(client: Client) -> Examples:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fl_core.contracts.config import number, text
+from fl_core.contracts.errors import InputError
 from fl_core.contracts.sections import AlgorithmConfig, OptimizerConfig
 from fl_core.learning.application import Application, TensorSpec
 from fl_core.learning.examples import Examples
@@ -158,7 +159,7 @@ class Generated:
         return type(self)(self.name, tuple(c for c in self.chosen if c in set(clients)))
 
     def write(self, folder: Path) -> None:
-        raise NotImplementedError("the benchmark's data are generated where they are needed")
+        raise InputError("a benchmark's application has no data set of its own format", remedy="leave --data out")
 
     def examples(self, config: Any) -> Examples:
         x, y = make_data(self.name, config.data.clients)
@@ -199,7 +200,7 @@ def outputs(config: Config) -> tuple[TensorSpec, ...]:
 
 
 def unread(path: Path) -> Any:
-    raise NotImplementedError("the benchmark's data are generated where they are needed")
+    raise InputError("a benchmark's application has no data set of its own format", remedy="leave --data out")
 
 
 APPLICATION = Application(

@@ -2,8 +2,9 @@
 
 Structure by vertical shear and dip-slip faults as in Wu et al. (Geophysics 85, 2020, "Building realistic structure
 models"): every voxel has a stratigraphic age ``u``, and facies are functions of it. Which facies lies where in depth is drawn
-at random for each volume, and the strength of reflections is drawn for each unit, so that neither tells the facies;
-what does is how reflections are arranged, which one needs to follow sideways to see.
+at random for each volume, and the strength of reflections is drawn for each unit, so that neither tells the facies by
+itself (but for transparent units, and the bright base of channels); what does is how reflections are arranged, which one
+needs to follow sideways to see.
 """
 
 from __future__ import annotations

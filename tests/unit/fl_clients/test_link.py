@@ -139,7 +139,7 @@ def failure(grid: LinkGrid, message_id: str) -> str:
 
 
 def test_a_worker_that_ignores_the_end_of_input_is_killed() -> None:
-    worker = WorkerProcess([sys.executable, "-c", "import time; time.sleep(600)"])
+    worker = WorkerProcess([sys.executable, "-c", "import signal; signal.pause()"])
     process = worker._running()
     worker.close()
     assert process.poll() is not None
