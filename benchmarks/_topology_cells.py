@@ -71,21 +71,29 @@ class Plan:
         return tuple(dict.fromkeys(s.side for s in self.stages))
 
 
-def data_sets(coarse: int, fine: int, *, quick: bool) -> dict[str, DataSet]:
-    """Training companies 0 to 15, validation 16 to 31, test 40 to 47; each fine problem is one of the coarse set."""
+def test_name(side: int, seed: int) -> str:
+    """The folder of a seed's test problems."""
+    return f"seed-{seed}/test{side}" if seed else f"test{side}"
+
+
+def data_sets(coarse: int, fine: int, *, seed: int = 0, quick: bool) -> dict[str, DataSet]:
+    """Training companies 0 to 15, validation 16 to 31, test 40 to 47 (seed 1: the eight after them, and so on).
+
+    Each fine problem is one of the coarse set.
+    """
     if quick:
         train, few, val, test = (4, 2), (4, 1), (4, 4, 1), (8, 4, 1)
     else:
         train, few, val, test = (16, 16), (16, 6), (16, 16, 1), (40, 8, 2)
+    test = (test[0] + seed * test[1], *test[1:])
     made = {
         f"train{coarse}": DataSet(side=coarse, first=0, clients=train[0], problems=train[1], seed=0),
         f"train{fine}": DataSet(side=fine, first=0, clients=few[0], problems=few[1], seed=0, coarse=f"train{coarse}"),
     }
     for kind, (first, clients, problems) in (("val", val), ("test", test)):
-        for side, below in ((coarse, ""), (fine, f"{kind}{coarse}")):
-            made[f"{kind}{side}"] = DataSet(
-                side=side, first=first, clients=clients, problems=problems, seed=1, coarse=below
-            )
+        name = partial(test_name, seed=seed) if kind == "test" else lambda side: f"val{side}"
+        for side, below in ((coarse, ""), (fine, name(coarse))):
+            made[name(side)] = DataSet(side=side, first=first, clients=clients, problems=problems, seed=1, coarse=below)
     return made
 
 
@@ -154,7 +162,7 @@ def judge_floor(found: dict[str, Examples], side: int, out: Path) -> dict[str, f
 
 
 def run_cell(
-    architecture: str, optimizer: str, found: dict[str, Examples], data: Path, plan: Plan, out: Path
+    architecture: str, optimizer: str, found: dict[str, Examples], data: Path, plan: Plan, out: Path, seed: int
 ) -> list[Cell]:
     """All stages of one network and optimiser; each is judged on the test problems of its grid."""
     results: list[Cell] = []
@@ -168,7 +176,7 @@ def run_cell(
         if not path.is_file():
             cell: Cell = {"architecture": architecture, "optimizer": optimizer, "stage": stage.name, "side": stage.side}
             try:
-                cell |= train(configured(stage.side, *options), found, data, start, folder)
+                cell |= train(configured(stage.side, *options), found, data, start, folder, seed)
             except FieldfleetError as error:
                 cell["error"] = error.message
             atomic.write_json(path, cell)
@@ -179,7 +187,7 @@ def run_cell(
     return results
 
 
-def train(config: Any, found: dict[str, Examples], data: Path, start: Path | None, folder: Path) -> Cell:
+def train(config: Any, found: dict[str, Examples], data: Path, start: Path | None, folder: Path, seed: int) -> Cell:
     side, weight = config.data.size, config.model.compliance_weight
     train = found[f"train{side}"]
     if weight > 0:  # these targets carry the problem
@@ -193,7 +201,7 @@ def train(config: Any, found: dict[str, Examples], data: Path, start: Path | Non
         )
 
     parts = TrainingData(train=train, validation=train.take(np.zeros(0, np.int64)), clients=train.clients())
-    trainer = Trainer(APPLICATION, config, parts, processes=join(), out=folder, seed=0, on_epoch=on_epoch)
+    trainer = Trainer(APPLICATION, config, parts, processes=join(), out=folder, seed=seed, on_epoch=on_epoch)
     if start is not None and trainer.progress.epoch == trainer.progress.step == 0:
         set_arrays(trainer.model, checkpoints.load(start).arrays, origin=str(start))
     resumed = trainer.progress.epoch > 0
