@@ -187,7 +187,13 @@ def run_cell(
     return results
 
 
-def train(config: Any, found: dict[str, Examples], data: Path, start: Path | None, folder: Path, seed: int) -> Cell:
+def fitted(
+    config: Any, found: dict[str, Examples], data: Path, start: Path | None, folder: Path, seed: int
+) -> tuple[Trainer, list[dict[str, Any]], float]:
+    """Trained in ``folder`` from ``start``'s weights: the trainer, its epochs' records, and processor seconds.
+
+    A stopped training goes on; its seconds are then by the clock, since the processor's of an earlier start are not known.
+    """
     side, weight = config.data.size, config.model.compliance_weight
     train = found[f"train{side}"]
     if weight > 0:  # these targets carry the problem
@@ -207,7 +213,12 @@ def train(config: Any, found: dict[str, Examples], data: Path, start: Path | Non
     resumed = trainer.progress.epoch > 0
     trainer.run()
     seconds, history = time.process_time() - began, read_training_history(folder)
-    wall = sum(record["seconds"] for record in history)  # of earlier starts too
+    return trainer, history, sum(record["seconds"] for record in history) if resumed else seconds
+
+
+def train(config: Any, found: dict[str, Examples], data: Path, start: Path | None, folder: Path, seed: int) -> Cell:
+    trainer, history, seconds = fitted(config, found, data, start, folder, seed)
+    side = config.data.size
     model, test = trainer.model, found[f"test{side}"]
 
     def judge(part: str, make: Callable[[], Any]) -> Any:
@@ -220,10 +231,10 @@ def train(config: Any, found: dict[str, Examples], data: Path, start: Path | Non
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "steps": trainer.steps * config.pretrain.epochs,
-        "seconds": wall if resumed else seconds,  # by the clock where the processor's of an earlier start are not known
-        "wall": wall,
+        "seconds": seconds,
+        "wall": sum(record["seconds"] for record in history),
         "loss": history[-1]["loss"],
-        "examples": len(train),
+        "examples": len(found[f"train{side}"]),
         "validated": [[s, error] for s, error in validated.items()],
         "sharpness": sharpness,
         "metrics": scores,

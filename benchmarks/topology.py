@@ -1,6 +1,7 @@
 """topology_optimisation: networks against SIMP and against the nearest known design, on problems that training never saw.
 
-    python -m benchmarks topology [--data DIR] [--out DIR] [--architectures ...] [--optimizers ...] [--seeds N] [--quick]
+    python -m benchmarks topology [--data DIR] [--out DIR] [--architectures ...] [--optimizers ...] [--seeds N]
+        [--refine EPOCHS] [--quick]
 
 Data sets are made once in DIR (train, val and test on 16^3 and 32^3) by the application's solver, whose cost is printed apart;
 a killed run goes on where it stopped, in data, in training and in the table. Each cell trains from coarse to fine with the
@@ -28,6 +29,7 @@ from applications.topology_optimisation import APPLICATION, metrics, pipeline
 from applications.topology_optimisation.generator import spec_of
 from applications.topology_optimisation.simp import Settings, Step, optimise
 from benchmarks._topology_cells import (
+    LEARNING_RATES,
     Cell,
     Plan,
     Stage,
@@ -35,6 +37,7 @@ from benchmarks._topology_cells import (
     configured,
     data_sets,
     designs,
+    fitted,
     folder_of,
     judge_floor,
     judged,
@@ -72,6 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timed", type=int, default=4, help="test problems on which SIMP is run again for its time")
     parser.add_argument(
         "--large", type=int, nargs="*", default=[64, 128], help="finer grids: test64 where it is made, else one problem"
+    )
+    parser.add_argument(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="of the best network on --large's trainN, made beforehand",
     )
     parser.add_argument("--judged", type=int, default=0, metavar="N", help="val and test problems (default: all)")
     parser.add_argument("--as-it-is", action="store_true", help="use what --data holds, make nothing")
@@ -127,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_table(seeds, floors)
     first = {f"test{side}": found[test_name(side, 0)] for side in plan.sides}
     speeds = speed(seeds[0], first, plan, out) if timed else {}
-    beyond(seeds[0], data, args.large, plan, out)
+    beyond(seeds[0], data, args.large, plan, out, args.refine)
     report(seeds[0], floors[0], speeds, first, plan, out)
     return 0 if args.quick else verdict(seeds, floors, speeds, fine)
 
@@ -156,18 +166,25 @@ def speed(cells: list[Cell], found: dict[str, Examples], plan: Plan, out: Path) 
     return result
 
 
-def beyond(cells: list[Cell], data: Path, sides: Sequence[int], plan: Plan, out: Path) -> None:
-    """The best network on finer grids: judged on DIR/test64 where it was made, else time, memory and form of one design."""
+def beyond(cells: list[Cell], data: Path, sides: Sequence[int], plan: Plan, out: Path, refine: int) -> None:
+    """The best network on finer grids: judged on DIR/test64 where it was made, else time, memory and form of one design.
+
+    refine: epochs on the compliance of DIR/train64, where that was made, after which it is judged again.
+    """
     cell = best(cells, plan.sides[-1])
     if cell is None:
         return
+    folder = folder_of(cell, out)
     model, _ = loaded(cell, out)
     for side in sides:
         if (data / f"test{side}").is_dir():
             test = read(data / f"test{side}", side)
-            path = out / f"{folder_of(cell, out).name}-on-{side}-{len(test)}.json"
-            found = kept(path, partial(judged_designs, model, cell, test))
-            print(f"{side}^3, {len(test)} problems: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+            path = out / f"{folder.name}-on-{side}-{len(test)}.json"
+            print_finer(f"{side}^3, {len(test)} problems", kept(path, partial(judged_designs, model, cell, test)))
+            if refine and (data / f"train{side}").is_dir():
+                path = out / f"{folder.name}-refined-{side}-{len(test)}.json"
+                found = kept(path, partial(refined, cell, folder, data, side, refine, test))
+                print_finer(f"{side}^3, after {refine} more epochs on the compliance there", found)
             continue
         fine = configured(side, f"model.architecture={cell['architecture']}")
         problem = spec_of(1, 17, 0).problem(side)
@@ -189,6 +206,22 @@ def beyond(cells: list[Cell], data: Path, sides: Sequence[int], plan: Plan, out:
 
 def judged_designs(model: torch.nn.Module, cell: Cell, test: Examples) -> dict[str, float]:
     return judged(designs(model, cell["sharpness"], test), test)
+
+
+def print_finer(what: str, found: dict[str, float]) -> None:
+    print(f"{what}: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()), flush=True)
+
+
+def refined(cell: Cell, folder: Path, data: Path, side: int, epochs: int, test: Examples) -> dict[str, float]:
+    """The network after ``epochs`` on the compliance of train problems on a finer grid, whose designs may be rough ones."""
+    found = {f"train{side}": read(data / f"train{side}", side)}
+    options = [f"optimizer.name={cell['optimizer']}", f"model.architecture={cell['architecture']}"]
+    options += [f"optimizer.lr={LEARNING_RATES.get(cell['optimizer'], 0.003) * 0.1}", f"pretrain.epochs={epochs}"]
+    options += ["model.compliance_weight=1.0", "pretrain.batch_size=4", "pretrain.micro_batch=1"]
+    config = configured(side, *options)
+    trainer, _, seconds = fitted(config, found, data, folder / "final", Path(f"{folder}-{side}"), seed=0)
+    densities = designs(trainer.model, cell["sharpness"], test)
+    return judged(densities, test) | {"seconds of training": seconds}
 
 
 def peak_memory() -> float:
