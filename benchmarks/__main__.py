@@ -1,4 +1,7 @@
-"""Run every benchmark in turn: each is a module of this package with ``main(arguments)``."""
+"""Run every benchmark in turn: each is a module of this package with ``main(arguments)``.
+
+Exit code: the worst of theirs, as in ``fl_core.contracts.errors``; 1 where a goal is missed.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pkgutil
 import sys
 
 import benchmarks
+from fl_core.contracts.errors import FieldfleetError
 
 
 def main() -> int:
@@ -26,10 +30,16 @@ def main() -> int:
     unknown = set(args.names) - set(known)
     if unknown:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    for name in args.names or known:
-        print(f"== {name}", flush=True)
-        importlib.import_module(f"benchmarks.{name}").main([*(["--quick"] if args.quick else []), *options])
-    return 0
+    return max(run(name, [*(["--quick"] if args.quick else []), *options]) for name in args.names or known)
+
+
+def run(name: str, options: list[str]) -> int:
+    print(f"== {name}", flush=True)
+    try:
+        return int(importlib.import_module(f"benchmarks.{name}").main(options) or 0)
+    except FieldfleetError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return int(error.exit_code)
 
 
 if __name__ == "__main__":
