@@ -127,6 +127,8 @@ def _choose(
         candidates.insert(0, (FUSED, 1))
     elif why := reason_against(FUNCTIONAL, 2, learner):
         return Chosen(SEQUENTIAL, BLOCK, f"{reason}; {why}" if why != reason else reason)
+    if not candidates:
+        return Chosen(SEQUENTIAL, BLOCK, f"{reason}; too few clients a round to stack any")
     updates = rounds * (learner.config.algorithm.clients_per_round or len(population))
     return remembered(learner, population, candidates, updates, seed, cache or cache_file())
 

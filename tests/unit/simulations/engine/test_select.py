@@ -109,6 +109,18 @@ def test_what_does_not_fit_falls_back_and_says_why(tmp_path: Path, caplog: pytes
     assert auto.name == "sequential"
 
 
+def test_few_clients_of_a_model_that_only_stacks_together_train_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such are the 3-D networks, which no kernel takes: with too few clients a round for the smallest stack nothing is left to measure."""
+    setup = Setup("algorithm.clients_per_round=2")
+    reasons = {"fused": "no kernel for it", "functional": ""}
+    monkeypatch.setattr(select, "reason_against", lambda name, *args: reasons[name])
+    found = choose("auto", setup.learner, setup.population, rounds=MANY, seed=0, cache=tmp_path / "engines.json")
+    assert found.name == "sequential"
+    assert "no kernel for it; too few clients a round" in found.shown()
+
+
 def test_a_damaged_cache_is_measured_anew(tmp_path: Path) -> None:
     setup, cache = Setup("data.clients=40"), tmp_path / "engines.json"
     cache.write_bytes(b"{ not json")
