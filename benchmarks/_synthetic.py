@@ -15,11 +15,11 @@ import torch
 from flwr.app import Message, MessageType
 from torch import Tensor, nn
 
+from benchmarks._workloads import no_data_set
 from fl_clients.training.local_round import LocalRound
 from fl_core.algorithms import build_algorithm
 from fl_core.algorithms.base import Algorithm, GradientTerms
 from fl_core.contracts.arrays import Arrays
-from fl_core.contracts.errors import InputError
 from fl_core.contracts.sections import AlgorithmConfig, OptimizerConfig
 from fl_core.flower.messages import Reply, Request
 from fl_core.learning import seeding
@@ -101,8 +101,8 @@ APPLICATION = Application(
     config_type=Config,
     data_set="synthetic",
     client_term="client",
-    read=lambda path: _none(),
-    generate=lambda config, seed: _none(),
+    read=no_data_set,
+    generate=no_data_set,
     inputs=lambda config: (TensorSpec(name="x", dtype="float32", shape=(-1, FEATURES)),),
     outputs=lambda config: (TensorSpec(name="logits", dtype="float32", shape=(-1, CLASSES)),),
     postprocess=lambda config, outputs: {},
@@ -114,10 +114,6 @@ APPLICATION = Application(
     model="benchmarks._synthetic:build_model",
     loss="benchmarks._synthetic:loss",
 )
-
-
-def _none() -> Any:
-    raise InputError("a benchmark's application has no data set of its own format", remedy="leave --data out")
 
 
 def examples(client: Client) -> Examples:

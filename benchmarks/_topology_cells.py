@@ -71,9 +71,9 @@ class Plan:
         return tuple(dict.fromkeys(s.side for s in self.stages))
 
 
-def test_name(side: int, seed: int) -> str:
-    """The folder of a seed's test problems."""
-    return f"seed-{seed}/test{side}" if seed else f"test{side}"
+def set_name(kind: str, side: int, seed: int) -> str:
+    """The folder of a set of problems; each seed has test problems of its own."""
+    return f"seed-{seed}/{kind}{side}" if seed and kind == "test" else f"{kind}{side}"
 
 
 def data_sets(coarse: int, fine: int, *, seed: int = 0, quick: bool) -> dict[str, DataSet]:
@@ -91,9 +91,10 @@ def data_sets(coarse: int, fine: int, *, seed: int = 0, quick: bool) -> dict[str
         f"train{fine}": DataSet(side=fine, first=0, clients=few[0], problems=few[1], seed=0, coarse=f"train{coarse}"),
     }
     for kind, (first, clients, problems) in (("val", val), ("test", test)):
-        name = partial(test_name, seed=seed) if kind == "test" else lambda side: f"val{side}"
-        for side, below in ((coarse, ""), (fine, name(coarse))):
-            made[name(side)] = DataSet(side=side, first=first, clients=clients, problems=problems, seed=1, coarse=below)
+        for side, below in ((coarse, ""), (fine, set_name(kind, coarse, seed))):
+            made[set_name(kind, side, seed)] = DataSet(
+                side=side, first=first, clients=clients, problems=problems, seed=1, coarse=below
+            )
     return made
 
 

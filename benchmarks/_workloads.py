@@ -159,7 +159,7 @@ class Generated:
         return type(self)(self.name, tuple(c for c in self.chosen if c in set(clients)))
 
     def write(self, folder: Path) -> None:
-        raise InputError("a benchmark's application has no data set of its own format", remedy="leave --data out")
+        no_data_set(folder)
 
     def examples(self, config: Any) -> Examples:
         x, y = make_data(self.name, config.data.clients)
@@ -199,7 +199,7 @@ def outputs(config: Config) -> tuple[TensorSpec, ...]:
     return (TensorSpec(name="logits", dtype="float32", shape=(-1, WORKLOADS[config.model.workload].classes)),)
 
 
-def unread(path: Path) -> Any:
+def no_data_set(*arguments: Any) -> Any:
     raise InputError("a benchmark's application has no data set of its own format", remedy="leave --data out")
 
 
@@ -210,7 +210,7 @@ APPLICATION = Application(
     config_type=Config,
     data_set="benchmark",
     client_term="client",
-    read=unread,
+    read=no_data_set,
     generate=generate,
     inputs=inputs,
     outputs=outputs,

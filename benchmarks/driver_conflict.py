@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 
 from applications.driver_conflict import APPLICATION
 from applications.driver_conflict.data import Drives
-from benchmarks.quality import interval
+from benchmarks.quality import call, interval
 from fieldfleet.evaluate import predict_checkpoint
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.learning.examples import Examples
@@ -60,12 +59,6 @@ def folds(raw: Drives, count: int) -> list[list[str]]:
     for clients in sorted(together.values(), key=lambda cs: (-sum(events[c] for c in cs), cs)):
         min(parts, key=lambda p: sum(events[c] for c in p)).extend(clients)
     return parts
-
-
-def fieldfleet(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "fieldfleet", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"fieldfleet {arguments[0]} ended with {done.returncode}:\n{done.stderr}")
 
 
 class Bench:
@@ -116,9 +109,9 @@ class Bench:
         if variant.endswith("-tuned"):
             common += ["--from", str(self.before(seed))]
         if variant.startswith("pooled"):
-            fieldfleet("pretrain", "driver_conflict", *common)
+            call("pretrain", "driver_conflict", *common)
         else:
-            fieldfleet(
+            call(
                 *("simulate", "driver_conflict", "--rounds", str(self.args.rounds), *common),
                 *("--set", "algorithm.evaluate_every=0"),
             )
@@ -136,7 +129,7 @@ class Bench:
         out = RESULTS / f"{self.name}-before-{seed}"
         if not (out / "final").is_dir():
             settings = [part for s in BEFORE for part in ("--set", s)]
-            fieldfleet(
+            call(
                 *("pretrain", "driver_conflict", "--data", GENERATED, "--seed", str(seed), "--out", str(out)),
                 *(*WHOLE, *settings, *self.settings),
             )

@@ -27,6 +27,7 @@ from applications.plant_anomaly.config import Config
 from applications.plant_anomaly.data import Photographs
 from applications.plant_anomaly.floor import colour_neighbours
 from applications.plant_anomaly.metrics import rate_at
+from benchmarks._goals import verdict
 from benchmarks.quality import call, interval
 from fl_core.learning import seeding
 from fl_core.learning.examples import Examples
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"plant_anomaly on {folder}, fitted on healthy {site}, {len(seeds)} seeds; mean ± half of the 95 % interval")
     for row in seeds[0]:
         print(f"  {row:36} " + "  ".join(f"{m} {interval([s[row][m] for s in seeds])}" for m in seeds[0][row]))
-    return 0 if args.quick else verdict(seeds)
+    return 0 if args.quick else judge(seeds)
 
 
 def measured(folder: str, site: str, seed: int, *, quick: bool) -> Rows:
@@ -152,7 +153,7 @@ def by_label(score: Array, examples: Examples, site: str) -> dict[str, float]:
     return scores.defined(**found)
 
 
-def verdict(seeds: list[Rows]) -> int:
+def judge(seeds: list[Rows]) -> int:
     """Prints each goal; 1 where one is missed."""
 
     def mean(row: str, metric: str) -> float:
@@ -167,9 +168,7 @@ def verdict(seeds: list[Rows]) -> int:
     goals[f"found above the score that 5 % of the other healthy leaves exceed: {found:.3f}, at least {FOUND}"] = (
         found >= FOUND
     )
-    for goal, met in goals.items():
-        print(f"  {'met   ' if met else 'MISSED'} {goal}")
-    return 0 if all(goals.values()) else 1
+    return verdict(goals)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 from applications.driver_attention.config import VIEWS
 from fieldfleet.evaluate import predict_checkpoint
 from fl_core.contracts import checkpoint as checkpoints
+from fl_core.contracts.errors import EnvironmentFault, ExitCode, InputError
 from fl_core.learning.application import application
 from fl_core.learning.partition import split_clients
 from fl_core.learning.sources import data_folder, open_data
@@ -203,10 +204,12 @@ def cell_file(name: str, cell: str, seed: int | str, *, quick: bool) -> Path:
 
 
 def call(*arguments: str) -> dict[str, Any]:
+    """What ``fieldfleet ... --json`` prints. Raises FieldfleetError where it ends with another exit code than 0."""
     print("  fieldfleet", *arguments, file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "fieldfleet", *arguments, "--json"], stdout=subprocess.PIPE, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "fieldfleet", *arguments, "--json"], stdout=subprocess.PIPE)
+    if done.returncode:
+        kind = InputError if done.returncode == ExitCode.WRONG_INPUT else EnvironmentFault
+        raise kind(f"fieldfleet {arguments[0]} ended with {done.returncode}", remedy="its own message stands above")
     document: dict[str, Any] = json.loads(done.stdout)
     return document
 

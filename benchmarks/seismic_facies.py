@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks._goals import verdict
 from benchmarks.quality import UNSEEN, call, floors, interval
 from fl_core.storage import atomic
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for row in seeds[0]:
         names = seeds[0][row]
         print(f"  {row:38} " + "  ".join(f"{m} {interval([s[row][m] for s in seeds])}" for m in names))
-    return 0 if args.quick else verdict(seeds)
+    return 0 if args.quick else judge(seeds)
 
 
 def measured(data: str, seed: int, epochs: int, nets: list[str], *, quick: bool) -> Rows:
@@ -96,7 +97,7 @@ def segmented(models: list[Path], out: Path, common: list[str]) -> list[dict[str
     return scores
 
 
-def verdict(seeds: list[Rows]) -> int:
+def judge(seeds: list[Rows]) -> int:
     """Prints each goal; 1 where one is missed."""
 
     def mean(row: str, metric: str) -> float:
@@ -111,9 +112,7 @@ def verdict(seeds: list[Rows]) -> int:
     if all(row in seeds[0] for row in NETS):
         ours, twin = (mean(row, "excess_slice_changes") for row in NETS)
         goals[f"excess changes {ours:.4f}, at most half of the twin's {twin:.4f}"] = ours <= MOST_CHANGES * twin
-    for goal, met in goals.items():
-        print(f"  {'met   ' if met else 'MISSED'} {goal}")
-    return 0 if all(goals.values()) else 1
+    return verdict(goals)
 
 
 if __name__ == "__main__":

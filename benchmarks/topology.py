@@ -46,9 +46,9 @@ from benchmarks._topology_cells import (
     make,
     read,
     run_cell,
-    test_name,
+    set_name,
 )
-from benchmarks._topology_report import print_table, report, verdict
+from benchmarks._topology_report import judge, print_table, report
 from edge_export.onnx_file import write_onnx
 from fl_core.contracts.errors import DataError
 from fl_core.learning.examples import Examples
@@ -127,8 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name:8} {len(examples):4} designs of {plan.sets[name].side}^3, {known}")
     seeds, floors = [], []
     for seed in range(args.seeds):
-        mine = {n: e for n, e in found.items() if n.startswith(("train", "val"))}
-        mine |= {f"test{side}": found[test_name(side, seed)] for side in plan.sides}
+        mine = {f"{k}{side}": found[set_name(k, side, seed)] for k in ("train", "val", "test") for side in plan.sides}
         place = out / f"seed-{seed}" if seed else out
         torch.set_num_threads(args.threads)
         kinds = [(a, o) for a in args.architectures for o in args.optimizers]
@@ -136,11 +135,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         floors.append({side: judge_floor(mine, side, place) for side in plan.sides})
     print_table(seeds, floors)
-    first = {f"test{side}": found[test_name(side, 0)] for side in plan.sides}
+    first = {f"test{side}": found[set_name("test", side, 0)] for side in plan.sides}
     speeds = speed(seeds[0], first, plan, out) if timed else {}
     beyond(seeds[0], data, args.large, plan, out, args.refine)
     report(seeds[0], floors[0], speeds, first, plan, out)
-    return 0 if args.quick else verdict(seeds, floors, speeds, fine)
+    return 0 if args.quick else judge(seeds, floors, speeds, fine)
 
 
 def spread(examples: Examples, count: int) -> Any:
@@ -156,7 +155,7 @@ def speed(cells: list[Cell], found: dict[str, Examples], plan: Plan, out: Path) 
     cell = best(cells, side)
     if cell is None:
         return {}
-    path = out / f"speed-{folder_of(cell, out).name}.json"
+    path = out / f"speed-{folder_of(cell, out).name}-{plan.timed}.json"
     result: dict[str, float] = kept(path, lambda: measure_speed(cell, found[f"test{side}"], plan, out))
     print(
         f"{side}^3, {cell['architecture']} by {cell['optimizer']}: SIMP {result['simp']:.2f} s ({result['iterations']:.0f} "
@@ -175,34 +174,43 @@ def beyond(cells: list[Cell], data: Path, sides: Sequence[int], plan: Plan, out:
     cell = best(cells, plan.sides[-1])
     if cell is None:
         return
-    folder = folder_of(cell, out)
     model, _ = loaded(cell, out)
     for side in sides:
         if (data / f"test{side}").is_dir():
-            test = read(data / f"test{side}", side)
-            path = out / f"{folder.name}-on-{side}-{len(test)}.json"
-            print_finer(f"{side}^3, {len(test)} problems", kept(path, partial(judged_designs, model, cell, test)))
-            if refine and (data / f"train{side}").is_dir():
-                path = out / f"{folder.name}-refined-{side}-{len(test)}.json"
-                found = kept(path, partial(refined, cell, folder, data, side, refine, test))
-                print_finer(f"{side}^3, after {refine} more epochs on the compliance there", found)
-            continue
-        fine = configured(side, f"model.architecture={cell['architecture']}")
-        problem = spec_of(1, 17, 0).problem(side)
-        began = time.process_time()
-        prepared = pipeline.prepared([problem], fine)
-        response = time.process_time() - began
-        before = peak_memory()
-        began = time.process_time()
-        with torch.inference_mode():
-            density = model(*(torch.from_numpy(prepared[spec.name]) for spec in APPLICATION.inputs(fine)))[0].numpy()
-        forward = time.process_time() - began
-        print(
-            f"{side}^3, one problem: network {forward:.1f} s, analysis of the solid box {response:.1f} s of processor, peak "
-            f"memory {peak_memory():.0f} MB (before the network {before:.0f}), binarity {pipeline.binarity(density[None])[0]:.3f}, "
-            f"floating {metrics.floating(density, prepared['fixed'][0]):.4f}, volume {density.mean():.4f} of {problem.volume_fraction}",
-            flush=True,
-        )
+            on_designs(cell, model, data, side, out, refine)
+        else:
+            on_one_problem(cell, model, side)
+
+
+def on_designs(cell: Cell, model: torch.nn.Module, data: Path, side: int, out: Path, refine: int) -> None:
+    folder, test = folder_of(cell, out), read(data / f"test{side}", side)
+    path = out / f"{folder.name}-on-{side}-{len(test)}.json"
+    print_finer(f"{side}^3, {len(test)} problems", kept(path, partial(judged_designs, model, cell, test)))
+    if refine and (data / f"train{side}").is_dir():
+        train = read(data / f"train{side}", side)
+        name = Path(f"{folder}-{side}-{len(train)}x{refine}")
+        path = out / f"{name.name}-on-{len(test)}.json"
+        found = kept(path, partial(refined, cell, folder / "final", name, data, train, refine, test))
+        print_finer(f"{side}^3, after {refine} more epochs on the compliance of {len(train)} problems there", found)
+
+
+def on_one_problem(cell: Cell, model: torch.nn.Module, side: int) -> None:
+    config = configured(side, f"model.architecture={cell['architecture']}")
+    problem = spec_of(1, 17, 0).problem(side)
+    began = time.process_time()
+    prepared = pipeline.prepared([problem], config)
+    response = time.process_time() - began
+    before = peak_memory()
+    began = time.process_time()
+    with torch.inference_mode():
+        density = model(*(torch.from_numpy(prepared[spec.name]) for spec in APPLICATION.inputs(config)))[0].numpy()
+    forward = time.process_time() - began
+    print(
+        f"{side}^3, one problem: network {forward:.1f} s, analysis of the solid box {response:.1f} s of processor, peak "
+        f"memory {peak_memory():.0f} MB (before the network {before:.0f}), binarity {pipeline.binarity(density[None])[0]:.3f}, "
+        f"floating {metrics.floating(density, prepared['fixed'][0]):.4f}, volume {density.mean():.4f} of {problem.volume_fraction}",
+        flush=True,
+    )
 
 
 def judged_designs(model: torch.nn.Module, cell: Cell, test: Examples) -> dict[str, float]:
@@ -213,16 +221,16 @@ def print_finer(what: str, found: dict[str, float]) -> None:
     print(f"{what}: " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()), flush=True)
 
 
-def refined(cell: Cell, folder: Path, data: Path, side: int, epochs: int, test: Examples) -> dict[str, float]:
-    """The network after ``epochs`` on the compliance of train problems on a finer grid, whose designs may be rough ones."""
-    found = {f"train{side}": read(data / f"train{side}", side)}
+def refined(
+    cell: Cell, start: Path, folder: Path, data: Path, train: Examples, epochs: int, test: Examples
+) -> dict[str, float]:
+    """The network after ``epochs`` on the compliance of ``train``'s problems on a finer grid; their designs may be rough ones."""
+    side = train.inputs["force"].shape[-1] - 1
     options = [f"optimizer.name={cell['optimizer']}", f"model.architecture={cell['architecture']}"]
     options += [f"optimizer.lr={LEARNING_RATES.get(cell['optimizer'], 0.003) * 0.1}", f"pretrain.epochs={epochs}"]
     options += ["model.compliance_weight=1.0", "pretrain.batch_size=4", "pretrain.micro_batch=1"]
-    config = configured(side, *options)
-    trainer, _, seconds = fitted(config, found, data, folder / "final", Path(f"{folder}-{side}"), seed=0)
-    densities = designs(trainer.model, cell["sharpness"], test)
-    return judged(densities, test) | {"seconds of training": seconds}
+    trainer, _, seconds = fitted(configured(side, *options), {f"train{side}": train}, data, start, folder, seed=0)
+    return judged(designs(trainer.model, cell["sharpness"], test), test) | {"seconds of training": seconds}
 
 
 def peak_memory() -> float:
