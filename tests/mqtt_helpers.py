@@ -24,10 +24,8 @@ from tests.helpers import eventually
 FLEET = "fleet-1"
 PASSWORDS = {"van-1": "first", "van-2": "second", topics.SERVER_ACCOUNT: "server", topics.OPERATOR_ACCOUNT: "operator"}
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
-BROKERS = [
-    "embedded",
-    pytest.param("mosquitto", marks=pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")),
-]
+needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
+BROKERS = ["embedded", pytest.param("mosquitto", marks=needs_mosquitto)]
 
 
 def free_port() -> int:

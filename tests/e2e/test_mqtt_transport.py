@@ -19,11 +19,10 @@ from fl_core.learning.application import application
 from fl_core.storage.log import read_log
 from tests.bundles import TOY, toy_bundle
 from tests.helpers import fieldfleet
-from tests.mqtt_helpers import MOSQUITTO
+from tests.mqtt_helpers import MOSQUITTO, needs_mosquitto
 
 NAMES = ("client-0000", "client-0001")
 ROUNDS, KILLED_ROUNDS = 3, 40
-needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 
 
 @contextmanager

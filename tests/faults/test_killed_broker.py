@@ -15,10 +15,10 @@ from tests.fault_arena import BIG, NAMES, Arena
 from tests.fault_table import Fault
 from tests.federation import DeviceProcess
 from tests.helpers import eventually
-from tests.mqtt_helpers import MOSQUITTO
+from tests.mqtt_helpers import needs_mosquitto
 from tests.tunnels import BrokerDevice, Station
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")]
+pytestmark = [pytest.mark.slow, needs_mosquitto]
 ROUNDS = 3
 
 

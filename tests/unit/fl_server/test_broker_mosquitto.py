@@ -17,9 +17,8 @@ from fl_server.accounts import all_accounts, lookup, service_passwords
 from fl_server.field import service_address, write_broker_files
 from fl_server.home import ListenSettings, MqttSettings, ServerSettings, create_home
 from tests.helpers import eventually
-from tests.mqtt_helpers import MOSQUITTO, PASSWORDS, Mosquitto, device_topic, free_port, session
+from tests.mqtt_helpers import PASSWORDS, Mosquitto, device_topic, free_port, needs_mosquitto, session
 
-needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 PEM = b"-----BEGIN PUBLIC KEY-----\n%s\n-----END PUBLIC KEY-----\n"
 
 

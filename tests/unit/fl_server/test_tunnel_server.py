@@ -34,14 +34,13 @@ from fl_server.metrics import MetricsService
 from fl_server.superlink import SuperLink
 from tests.federation import new_key, request
 from tests.helpers import eventually
-from tests.mqtt_helpers import MOSQUITTO, device_topic, embedded, session
+from tests.mqtt_helpers import device_topic, embedded, needs_mosquitto, session
 from tests.mqtt_proxy import honest, proxy_before
 from tests.tunnels import BrokerDevice, Station, broker_device
 from tests.unit.fl_server.test_link_grid import answer
 
 BLOB = random.Random(0).randbytes(6 << 20)
 BLOB_PATH = "/fieldfleet/v1/repository/targets/blob.bin"
-needs_mosquitto = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is not installed")
 KINDS = [
     ("embedded", "auto"),
     pytest.param("mosquitto", "5", marks=needs_mosquitto),

@@ -22,6 +22,7 @@ from fl_clients.edge.settings import SampleSettings
 from fl_core.learning.application import application
 from fl_core.learning.samples import npz_bytes
 from tests.helpers import ROOT, eventually
+from tests.mqtt_helpers import MOSQUITTO, free_port, needs_mosquitto
 
 TOY = application("toy_regression")
 
@@ -153,14 +154,12 @@ def test_kill_9_of_the_intake_at_any_point_takes_each_file_once(tmp_path: Path) 
         assert store.summary()["quarantined"] == 0
 
 
+@needs_mosquitto
 def test_messages_of_a_local_broker_become_files(tmp_path: Path) -> None:
-    from tests.mqtt_helpers import MOSQUITTO, free_port
-
-    if MOSQUITTO is None:
-        pytest.skip("mosquitto is not installed")
     import paho.mqtt.client as paho
     from paho.mqtt.enums import CallbackAPIVersion
 
+    assert MOSQUITTO
     port, inbox = free_port(), tmp_path / "inbox"
     inbox.mkdir()
     config = tmp_path / "mosquitto.conf"
