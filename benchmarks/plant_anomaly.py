@@ -1,6 +1,6 @@
 """plant_anomaly fitted on the healthy leaves of one site: that site's diseases, and the healthy leaves of other sites.
 
-    python -m benchmarks.plant_anomaly [--data DIR] [--site RS] [--seeds 3] [--quick]
+    python -m benchmarks.plant_anomaly [--data DIR] [--site RS] [--seeds 3] [--first-seed 0] [--quick]
 
 Real data: tomato_leaf under FIELDFLEET_DATA. A seed draws which groups of the site's healthy leaves are learned from (70 %; of these a fifth is kept
 for the threshold); the other 30 % are the healthy side of each score. Only a site with healthy and sick leaves gives an honest score: elsewhere the
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", help="default: $FIELDFLEET_DATA/tomato_leaf")
     parser.add_argument("--site", default="RS")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one seed, generated fields, two epochs")
     args = parser.parse_args(arguments)
     folder, site = args.data or os.path.join(os.environ.get("FIELDFLEET_DATA", ""), "tomato_leaf"), args.site
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif not Path(folder).is_dir():
         print("plant_anomaly: needs tomato_leaf; set FIELDFLEET_DATA, or --data", file=sys.stderr)
         return 0
-    seeds = [measured(folder, site, seed, quick=args.quick) for seed in range(1 if args.quick else args.seeds)]
+    drawn = range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds))
+    seeds = [measured(folder, site, seed, quick=args.quick) for seed in drawn]
     print(f"plant_anomaly on {folder}, fitted on healthy {site}, {len(seeds)} seeds; mean ± half of the 95 % interval")
     for row in seeds[0]:
         print(f"  {row:36} " + "  ".join(f"{m} {interval([s[row][m] for s in seeds])}" for m in seeds[0][row]))

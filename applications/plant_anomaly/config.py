@@ -32,6 +32,12 @@ class ModelConfig:
         2.0, low=0.0, high=1e3, help="of the heat in the score, beside 1 of each bottleneck channel"
     )
     error_weight: float = number(2.0, low=0.0, high=1e3, help="of the reconstruction's error in the score")
+    latent_knee: float = number(
+        0.75,
+        low=0.01,
+        high=1e9,
+        help="mean square of the whitened bottleneck (1 = healthy plants) above which it counts by its logarithm",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

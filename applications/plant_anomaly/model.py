@@ -4,7 +4,8 @@ The latent vector holds the smooth maximum of the heat, the error of the reconst
 ``head`` whitens it by the mean and covariance of healthy plants: algorithm ``statistics_head`` with ``algorithm.head_rule =
 "whitening"`` computes them exactly, in one round, from sums that clients send. Until then it is the identity. The whitening is
 triangular, so that its first outputs are the heat, and what the heat leaves unexplained of the error: evidence, of which less than
-healthy plants have speaks for no disease and counts nothing.
+healthy plants have speaks for no disease and counts nothing. The bottleneck's part counts by its logarithm once it is as large as healthy
+plants make it: another place or light moves it further than a disease does.
 """
 
 from __future__ import annotations
@@ -64,9 +65,10 @@ class AnomalyNet(nn.Module):
     evidence: Tensor
 
     def __init__(
-        self, width: int, blocks: int, latent: int, kind: str, size: int, weights: tuple[float, float]
+        self, width: int, blocks: int, latent: int, kind: str, size: int, weights: tuple[float, float], knee: float
     ) -> None:
         super().__init__()
+        self.knee = knee
         w = (width, 2 * width, 4 * width)
         self.first = layer(3, w[0], kind, 2)
         self.second = nn.Sequential(layer(w[0], w[1], kind, 2), *(Block(w[1], kind) for _ in range(blocks)))
@@ -102,7 +104,10 @@ class AnomalyNet(nn.Module):
         error = torch.log((reconstruction - x).abs().mean(dim=(1, 2, 3)) + 1e-3)
         highest = torch.logsumexp(heat.flatten(1), dim=1) - math.log(heat.shape[2] * heat.shape[3])
         white = self.head(torch.cat([highest[:, None], error[:, None], code.mean(dim=(2, 3))], dim=1))
-        latent = torch.cat([torch.relu(white[:, :EVIDENCE]), white[:, EVIDENCE:]], dim=1) * self.evidence
+        code_part = white[:, EVIDENCE:]
+        beyond = (code_part.square().mean(dim=1, keepdim=True) / self.knee).clamp(min=1.0)
+        code_part = code_part * torch.sqrt((1 + torch.log(beyond)) / beyond)  # its square: the knee x (1 + log beyond)
+        latent = torch.cat([torch.relu(white[:, :EVIDENCE]), code_part], dim=1) * self.evidence
         return reconstruction, heat, latent
 
 
@@ -110,4 +115,4 @@ def build_model(config: Config) -> nn.Module:
     torch.manual_seed(0)
     m = config.model
     weights = (m.heat_weight, m.error_weight)
-    return AnomalyNet(m.width, m.blocks, m.latent, m.norm, latent_size(config), weights)
+    return AnomalyNet(m.width, m.blocks, m.latent, m.norm, latent_size(config), weights, m.latent_knee)

@@ -27,7 +27,7 @@ def inputs(config: Config) -> tuple[TensorSpec, ...]:
 def outputs(config: Config) -> tuple[TensorSpec, ...]:
     """reconstruction: what the image would be without lesions, scaled as in the model; heat: logit of a lesion at each pixel; latent:
     whitened by the healthy plants' statistics, so that its squared norm is a squared Mahalanobis distance, one-sided and weighted in
-    its first two entries, the evidence."""
+    its first two entries, the evidence, and logarithmic in the others' sum beyond ``model.latent_knee``."""
     side = config.data.image_size
     return (
         TensorSpec(name="reconstruction", dtype="float32", shape=(-1, 3, side, side)),
