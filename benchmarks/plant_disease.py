@@ -7,8 +7,8 @@ recall of the classes at RS, the one site with several, and the recall of a clas
 class. Rows: ``untrained`` features (soft histograms beside a random net), those of a net ``trained`` on the tomato leaves of all sites together, and
 of --features, a checkpoint of another crop; each with the head from ONE federated round of ``statistics_head`` over the sites. ``pooled head``: the same
 from all images as one client, to which the federated one must be equal. ``gradients``: what methods that send gradients' steps reach from the same start, in smaller
-pictures and as many passes over the data: pooled, and federated over the sites, alone and with the statistics head on the features that come out. One result
-file a cell; a repeated call resumes.
+pictures and as many passes over the data: pooled, and federated over the sites, alone and with the statistics head on the features that come out; with
+--features also from that checkpoint (``pooled from another crop``, ...). One result file a cell; a repeated call resumes.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ FOLLOWED = (
     "--set=algorithm.average_last=0.2",
 )
 PASSES = 20  # of the methods that follow gradients
+ELSEWHERE = " from another crop"  # a row's ending: it starts from --features
+STARTED = ("pooled", "FedAvg", "FedProx", "FedRS")  # rows that are run from there, too
 SMALLER = ("data.image_size=64", "data.colour=0.1")
 MOST_BELOW_POOLED = 0.03
 EPOCHS = 8  # of the trained features: the head matters more here than many passes
@@ -143,6 +145,8 @@ class Cell:
         found: Rows = {}
         passes = 2 if self.quick else PASSES
         shown = list(GRADIENTS)[:1] if self.quick else list(GRADIENTS)
+        if self.features is not None:
+            shown += [method + ELSEWHERE for method in STARTED]
         smaller = copy.copy(self)
         smaller.settings = (*self.settings, *SMALLER)
         for method in ("pooled", *shown):
@@ -158,6 +162,9 @@ class Cell:
         out = self.work / name
         common = ["--data", str(self.work / "train"), "--seed", str(self.seed), "--out", str(out)]
         common += [f"--set={s}" for s in (*self.settings, "pretrain.batch_size=32", f"pretrain.epochs={passes}")]
+        if method.endswith(ELSEWHERE):
+            method = method.removesuffix(ELSEWHERE)
+            common += ["--from", str(self.start("features"))]
         if method == "pooled":
             call("pretrain", APP, *common)
         else:
@@ -303,7 +310,7 @@ def judge(seeds: list[Rows]) -> int:
         recalls = {
             row: statistics.mean(s[row][f"mean recall at {SITE}"] for s in seeds)
             for row in seeds[0]
-            if row in ("pooled", *GRADIENTS)
+            if row.removesuffix(ELSEWHERE) in ("pooled", *GRADIENTS)
         }
         pooled = recalls.pop("pooled")
         for name, recall in recalls.items():
