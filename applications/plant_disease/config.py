@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fl_core.contracts.config import choice, number, sequence
+from fl_core.contracts.config import choice, flag, number, sequence
 from fl_core.contracts.errors import ConfigError
 from fl_core.contracts.sections import (
     NORMS,
@@ -29,6 +29,9 @@ class ModelConfig:
     norm: str = choice("group", *NORMS)
     colour_bins: int = number(
         0, low=0, high=64, help="bins of soft histograms of colours and gradients beside the learned features; 0 = none"
+    )
+    mask_backdrop: bool = flag(
+        False, help="leave black and grey-violet pixels, such as a laboratory's backdrop, out of the histograms"
     )
     label_smoothing: float = number(0.05, low=0.0, high=0.5)
     class_weights: tuple[float, ...] = sequence(

@@ -95,6 +95,12 @@ class AlgorithmConfig:
     head_shrinkage: float = number(
         0.1, low=0.0, high=1.0, help="statistics_head: share of the diagonal in the covariance"
     )
+    head_invariance: float = number(
+        0.0,
+        low=0.0,
+        high=1e6,
+        help="statistics_head: weight of how a class's means scatter over clients; above 0 the discriminant avoids such directions",
+    )
     head_prior: str = choice("equal", "equal", "counts", help="statistics_head: of the classes in the discriminant")
     max_update_norm: float = number(0.0, low=0.0, help="screening: larger updates are refused; 0 = no bound")
 

@@ -89,11 +89,73 @@ def test_any_split_over_clients_gives_the_pooled_layer(seed: int, clients: int, 
     np.testing.assert_allclose(result["head.bias"], bias, rtol=1e-5, atol=1e-5)
 
 
+def test_what_clients_of_one_class_differ_in_is_avoided() -> None:
+    """Three places shift a direction that tells the classes apart in training by accident; sums against a sequential twin."""
+    rng = np.random.default_rng(5)
+    y = rng.integers(0, 3, 600)
+    client = np.where(rng.random(600) < 0.8, y, rng.integers(0, 3, 600))  # the place says much about the class
+    x = rng.normal(size=(600, 4)) + np.eye(4)[y] + 8 * np.eye(4)[3] * client[:, None]
+    config = AlgorithmConfig(name="statistics_head", head_shrinkage=0.0, head_invariance=50.0)
+    reference = {"head.weight": np.zeros((3, 4), np.float32), "head.bias": np.zeros(3, np.float32)}
+    found = head.HeadAggregator(config)
+    state = found.begin(1, reference)
+    for k in range(3):
+        mine = sums_of(x[client == k], y[client == k])
+        mine[head.OWN] = head.between(mine)
+        found.screen(mine, reference, origin="van")
+        found.add(state, Update(arrays=reference, weight=float((client == k).sum()), extra=mine))
+    result = found.finish(state)
+    nuisance = np.zeros((4, 4))
+    for c in range(3):
+        for k in range(3):
+            chosen = x[(y == c) & (client == k)]
+            away = chosen.mean(0) - x[y == c].mean(0)
+            nuisance += len(chosen) * np.outer(away, away)
+    sums = sums_of(x, y)
+    sums[head.OWN] = nuisance + head.between(sums)
+    weight, bias = head.solve(sums, config)
+    np.testing.assert_allclose(result["head.weight"], weight, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result["head.bias"], bias, rtol=1e-4, atol=1e-5)
+    without, _ = head.solve(sums_of(x, y), config)
+    assert np.abs(weight[:, 3]).max() < 0.02 * np.abs(without[:, 3]).max()
+    elsewhere = rng.normal(size=(300, 4)) + np.eye(4)[np.arange(300) % 3] - 40 * np.eye(4)[3]  # a place never seen
+    assert ((elsewhere @ weight.T + bias).argmax(1) == np.arange(300) % 3).mean() > 0.5
+    with pytest.raises(IntegrityError, match="own"):
+        found.screen({**sums_of(x, y), head.OWN: -np.eye(4)}, reference, origin="van")
+
+
 def test_a_class_without_examples_is_never_chosen() -> None:
     x, y = classes(4)
     weight, bias = head.solve(sums_of(x[y < 2], y[y < 2]), CONFIG)
     assert np.isfinite(weight).all()
     assert ((x[y < 2] @ weight.T + bias).argmax(1) < 2).all()
+
+
+def test_clients_send_what_the_discriminant_avoids(tmp_path: Path) -> None:
+    """Through the engine, against sums made by hand."""
+    app, config = small_config(
+        "plant_disease", "algorithm.name=statistics_head", "algorithm.head_invariance=3", "data.images_per_client=16",
+        "data.validation_fraction=0.0", "data.holdout_fraction=0.0", "algorithm.evaluate_every=0", "model.width=8",
+    )  # fmt: skip
+    raw = app.generate(config, 0)
+    examples = raw.examples(config)
+    torch.set_num_threads(1)
+    run = simulate(app, config, raw, start=None, num_rounds=1, seed=0, out=tmp_path / "a")
+    model = app.build_model(config).eval()
+    outputs, features = model.head.weight.shape  # type: ignore[union-attr]
+    total = head.zeros((outputs, features), "discriminant")
+    total[head.OWN] = np.zeros((features, features))
+    for client in examples.clients():
+        part = client_data(examples.of_clients([client]), client, 0.0, 0).train
+        mine = head.zeros((outputs, features), "discriminant")
+        with torch.inference_mode():
+            x = model.features(tensors(app, config, part)[0])  # type: ignore[operator]
+        head.add_examples(mine, x.double().numpy(), part.targets)
+        for name, value in {**mine, head.OWN: head.between(mine)}.items():
+            total[name] += value
+    weight, _ = head.solve(total, config.algorithm)
+    found = checkpoints.load(run.final).arrays["head.weight"]
+    np.testing.assert_allclose(found, weight, rtol=1e-3, atol=1e-3 * np.abs(weight).max())
 
 
 def test_one_round_over_extreme_label_skew_equals_pooled(tmp_path: Path) -> None:
