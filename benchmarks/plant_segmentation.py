@@ -115,7 +115,8 @@ def set_aside(folder: Path, seed: int, work: Path) -> tuple[str, str]:
 def tiles_floor(part: str, train: str, test: str, seed: int) -> Rows:
     """The application's classical methods, fitted on what the model learned from, on tiles of the same unseen photographs."""
     app = application(APP)
-    config = app.configure(SETTINGS[part], preset=PRESETS[part])
+    side = app.configure(preset=PRESETS[part]).data.image_size
+    config = app.configure([*SETTINGS[part], f"data.stride={side}"], preset=PRESETS[part])  # each pixel counts once
     method = app.floor_function()
     assert method is not None
     learned = open_data(app, config, train, seed=seed).raw.examples(config)
