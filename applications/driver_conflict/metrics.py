@@ -23,14 +23,14 @@ def metrics(config: Config, outputs: Outputs, examples: Examples) -> dict[str, f
     roc_auc, average_precision, accuracy, f1: of windows. event_roc_auc: of the largest score in each event's conflict and in
     its quiet part. false_alarms_per_hour: of quiet driving, at the threshold that finds 90 % of the conflicts; windows that
     follow each other are one alarm. incident_f1_macro, incident_accuracy: of the kind of each event, from the mean over the
-    windows of its coded conflict.
+    windows of its coded conflict, weighted by their scores: a window that shows little of a conflict says little of its kind.
     """
     mine = examples.columns["scored"].astype(bool)
     truth = np.asarray(examples.targets)[mine]
     conflict = truth > 0
     score = postprocess(config, outputs)["score"][mine]
     event, start = (np.asarray(examples.columns[name])[mine] for name in ("event_id", "start_row"))
-    kinds = incidents(truth, np.asarray(outputs["incident"], np.float64)[mine], event)
+    kinds = incidents(truth, np.asarray(outputs["incident"], np.float64)[mine], score, event)
     decided = score >= 0.5
     return scores.defined(
         roc_auc=scores.roc_auc(conflict, score),
@@ -76,18 +76,15 @@ def false_alarms_per_hour(
 
 
 def incidents(
-    truth: npt.NDArray[np.int64], logits: Array, event: npt.NDArray[np.int64]
+    truth: npt.NDArray[np.int64], logits: Array, score: Array, event: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(true kind, predicted kind) of each event whose kind is known."""
     known = truth >= FIRST_INCIDENT
     if not known.any():
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     truth, logits = truth[known], logits[known]
-    chance = (
-        logits
-        - np.log(np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1, keepdims=True))
-        - logits.max(axis=1, keepdims=True)
-    )
+    chance = np.exp(logits - logits.max(axis=1, keepdims=True))
+    chance *= (score[known] / chance.sum(axis=1))[:, None]
     _, first, place = np.unique(event[known], return_index=True, return_inverse=True)
     sums = np.zeros((len(first), logits.shape[1]))
     np.add.at(sums, place, chance)

@@ -329,6 +329,8 @@ def test_the_kind_of_an_event_is_told_by_all_its_windows() -> None:
     found = APPLICATION.metrics(CONFIG, outputs, examples)
     assert found["incident_accuracy"] == 0.5, "a conflict of unknown kind does not count"
     assert found["incident_f1_macro"] == pytest.approx((2 / 3 + 0) / 2)
+    outputs["logit"][[0, 2]] = -3.0  # hardly a conflict: the window between them is the one that tells
+    assert APPLICATION.metrics(CONFIG, outputs, examples)["incident_accuracy"] == 0.0
 
 
 def test_windows_between_those_of_the_protocol_are_learned_from_and_never_scored(drives: Drives) -> None:
