@@ -95,6 +95,11 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
+        if self.model.mask_backdrop and not self.model.colour_bins:
+            raise ConfigError(
+                "model.mask_backdrop is about the histograms, of which there are none",
+                remedy="set model.colour_bins above 0, or model.mask_backdrop = false",
+            )
         weights: Any = self.model.class_weights
         if weights and (len(weights) != len(self.data.classes) or not sum(weights) > 0):
             raise ConfigError(

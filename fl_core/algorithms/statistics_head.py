@@ -98,6 +98,7 @@ class MeasuredRound(MeasuredUpdate):
         weight, _ = head_of(start.reference, config.head)
         self._layer, shape = weight.removesuffix(".weight"), start.reference[weight].shape
         self._sums = zeros(shape, config.head_rule)
+        self._parts = avoids_clients(config, shape[0])
 
     def observe(self, model: nn.Module, batches: Iterable[tuple[tuple[Tensor, ...], Tensor]]) -> None:
         found: list[Tensor] = []
@@ -114,13 +115,19 @@ class MeasuredRound(MeasuredUpdate):
             hook.remove()
 
     def finish(self, work: LocalWork) -> LocalEnd:
-        if avoids_clients(self.config):
+        if self._parts:
             self._sums[OWN] = between(self._sums)
         return LocalEnd(extra=dict(self._sums))
 
 
-def avoids_clients(config: AlgorithmConfig) -> bool:
-    return config.head_invariance > 0 and config.head_rule == "discriminant"
+def avoids_clients(config: AlgorithmConfig, outputs: int) -> bool:
+    """Raises ConfigError where there are no classes to part from the clients."""
+    if config.head_invariance > 0 and (config.head_rule != "discriminant" or outputs < 2):
+        raise ConfigError(
+            "algorithm.head_invariance is for a discriminant of two classes or more",
+            remedy="set it to 0, or algorithm.head_rule to 'discriminant'",
+        )
+    return config.head_invariance > 0
 
 
 def between(sums: Mapping[str, Float64]) -> Float64:
@@ -176,7 +183,7 @@ class HeadAggregator(MeanAggregator):
                 f"algorithm.head_rule = 'whitening' needs a square layer, {weight} is {list(reference[weight].shape)}"
             )
         made = zeros(reference[weight].shape, rule)
-        return {**made, OWN: made[SECOND].copy()} if avoids_clients(self.config) else made
+        return {**made, OWN: made[SECOND].copy()} if avoids_clients(self.config, len(reference[weight])) else made
 
     def solved(self, reference: Arrays) -> frozenset[str]:
         return frozenset(head_of(reference, self.config.head))
@@ -187,7 +194,7 @@ class HeadAggregator(MeanAggregator):
             raise IntegrityError(f"{origin}: beside the model: count = {count:g} is out of range")
         if len(extra.get(TARGETS, ())) > 1 and self.config.head_rule == "discriminant" and extra[TARGETS].min() < 0:
             raise IntegrityError(f"{origin}: beside the model: a class has less than no examples")
-        for name in {SECOND, OWN} & set(extra):
+        for name in sorted({SECOND, OWN} & set(extra)):
             if np.diagonal(extra[name]).min() < 0 or not np.allclose(extra[name], extra[name].T, rtol=1e-6):
                 raise IntegrityError(f"{origin}: beside the model: {name} is no sum of squares")
 

@@ -465,6 +465,11 @@ def test_soft_histograms_count_every_pixel_once_in_its_two_nearest_bins() -> Non
         np.testing.assert_allclose(found[image, 5 * channel : 5 * channel + 5], slow, atol=1e-5)
 
 
+def test_a_mask_without_histograms_is_refused() -> None:
+    with pytest.raises(ConfigError, match="colour_bins"):
+        APPLICATION.configure(["model.mask_backdrop=true"])
+
+
 def test_masked_histograms_know_no_backdrop(made: Leaves) -> None:
     """Two plain backdrops around one leaf: what is in front of them gives the same histograms, up to the leaf's rim."""
     rng = np.random.default_rng(0)

@@ -198,6 +198,10 @@ def test_what_cannot_be_solved_is_refused_by_name() -> None:
     flat = {"head.weight": np.zeros((3, 4), np.float32), "head.bias": np.zeros(3, np.float32)}
     with pytest.raises(ConfigError, match="square layer"):
         head.HeadAggregator(AlgorithmConfig(head_rule="whitening")).expected(flat)
+    for rule, outputs in (("least_squares", 3), ("discriminant", 1)):
+        odd = {"head.weight": np.zeros((outputs, 4), np.float32), "head.bias": np.zeros(outputs, np.float32)}
+        with pytest.raises(ConfigError, match="head_invariance"):
+            head.HeadAggregator(AlgorithmConfig(head_rule=rule, head_invariance=1.0)).expected(odd)
     with pytest.raises(InputError, match="no classes from 0 to 2"):
         head.add_examples(head.zeros((3, 4), "discriminant"), np.zeros((2, 4)), np.array([0, 3]))
     good = sums_of(*classes(5))
