@@ -35,6 +35,7 @@ from benchmarks.quality import call, interval
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.checkpoint import Checkpoint
 from fl_core.contracts.config import to_table
+from fl_core.contracts.errors import InputError
 from fl_core.contracts.manifests import CheckpointManifest
 from fl_core.learning import seeding
 from fl_core.learning.torch_arrays import get_arrays
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cells", nargs="*", help="only these: untrained, trained, features, gradients")
+    parser.add_argument("--methods", nargs="*", metavar="ROW", help="of the cell gradients only these rows, and pooled")
     parser.add_argument("--quick", action="store_true", help="one seed, generated leaves, untrained features, FedAvg")
     args = parser.parse_args(arguments)
     folder = (
@@ -98,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells += ["trained", *(["features"] if args.features else [])]
     cells = [c for c in cells if not args.cells or c in args.cells]
     seeds = [
-        Cell(folder, seed, args.features, quick=args.quick).rows(cells)
+        Cell(folder, seed, args.features, args.methods, quick=args.quick).rows(cells)
         for seed in range(1 if args.quick else args.seeds)
     ]
     print(f"{APP} on {folder}, statistics head in one round, {len(seeds)} seeds; mean ± half of the 95 % interval")
@@ -110,8 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Cell:
     """One seed's folders and rows."""
 
-    def __init__(self, folder: str, seed: int, features: Path | None, *, quick: bool) -> None:
-        self.folder, self.seed, self.features, self.quick = folder, seed, features, quick
+    def __init__(
+        self, folder: str, seed: int, features: Path | None, methods: Sequence[str] | None, *, quick: bool
+    ) -> None:
+        self.folder, self.seed, self.features, self.methods, self.quick = folder, seed, features, methods, quick
         self.settings = (*SETTINGS, *(QUICK if quick else ()))
         self.work = RESULTS / ("quick" if quick else Path(folder).name) / str(seed)
 
@@ -153,6 +157,12 @@ class Cell:
         shown = list(GRADIENTS)[:1] if self.quick else list(GRADIENTS)
         if self.features is not None:
             shown += [method + ELSEWHERE for method in STARTED]
+        if self.methods:
+            if unknown := set(self.methods) - {"pooled", *shown}:
+                raise InputError(
+                    f"--methods: unknown: {', '.join(sorted(unknown))}", remedy=f"known: {'; '.join(shown)}"
+                )
+            shown = [method for method in shown if method in self.methods]
         smaller = copy.copy(self)
         smaller.settings = (*self.settings, *SMALLER)
         for method in ("pooled", *shown):
