@@ -50,7 +50,6 @@ GOAL_RECALL, GOAL_LEFT_OUT, GOAL_EQUAL = 0.92, 0.5, 1e-3
 SETTINGS = (
     f"data.classes={json.dumps(CLASSES)}",
     "model.colour_bins=16",
-    "model.mask_backdrop=true",
     "data.holdout_fraction=0.0",
     "data.validation_fraction=0.0",
 )
@@ -67,7 +66,7 @@ FOLLOWED = (
     "--set=algorithm.schedule=cosine",
     "--set=algorithm.average_last=0.2",
 )
-INVARIANT, INVARIANCE = ", invariant head", 40.0
+INVARIANT, INVARIANCE = ", invariant head", 5.0
 PASSES = 20  # of the methods that follow gradients
 ELSEWHERE = " from another crop"  # a row's ending: it starts from --features
 STARTED = ("pooled", "FedAvg", "FedProx", "FedRS")  # rows that are run from there, too

@@ -28,7 +28,6 @@ GROUNDS = np.array(  # soil, straw, foliage, shade, concrete, sky
     ],
     np.float32,
 )
-DARK, LESS_BLUE, LESS_RED, TINT = 20, 2, 12, 45  # of 255; what makes a pixel a plain backdrop
 PATCHES = 4  # a made-up background has PATCHES x PATCHES random colours, blended into one another
 
 
@@ -88,8 +87,8 @@ def recoloured(image: Pixels, seeds: Keys, strength: float) -> Pixels:
 def backdrop(image: Pixels) -> npt.NDArray[np.bool_]:
     """(N, S, S): black or grey-violet pixels; a leaf, green, yellow, tan or rust-red, has less blue than green."""
     red, green, blue = (image[..., c].astype(np.int16) for c in range(3))
-    dark = np.maximum(np.maximum(red, green), blue) < DARK
-    grey = (blue >= green - LESS_BLUE) & (red >= green - LESS_RED) & (np.maximum(red, blue) - green < TINT)
+    dark = np.maximum(np.maximum(red, green), blue) < 20
+    grey = (blue >= green - 2) & (red >= green - 12) & (np.maximum(red, blue) - green < 45)
     found: npt.NDArray[np.bool_] = dark | grey
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from fl_core.contracts.config import choice, flag, number, sequence
+from fl_core.contracts.config import choice, number, sequence
 from fl_core.contracts.errors import ConfigError
 from fl_core.contracts.sections import (
     NORMS,
@@ -29,9 +29,6 @@ class ModelConfig:
     norm: str = choice("group", *NORMS)
     colour_bins: int = number(
         0, low=0, high=64, help="bins of soft histograms of colours and gradients beside the learned features; 0 = none"
-    )
-    mask_backdrop: bool = flag(
-        False, help="leave black and grey-violet pixels, such as a laboratory's backdrop, out of the histograms"
     )
     label_smoothing: float = number(0.05, low=0.0, high=0.5)
     class_weights: tuple[float, ...] = sequence(
@@ -95,11 +92,6 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
-        if self.model.mask_backdrop and not self.model.colour_bins:
-            raise ConfigError(
-                "model.mask_backdrop is about the histograms, of which there are none",
-                remedy="set model.colour_bins above 0, or model.mask_backdrop = false",
-            )
         weights: Any = self.model.class_weights
         if weights and (len(weights) != len(self.data.classes) or not sum(weights) > 0):
             raise ConfigError(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from applications.plant_disease.augment import DARK, LESS_BLUE, LESS_RED, TINT
 from applications.plant_disease.config import Config
 from fl_core.learning.normalization import norm
 
@@ -35,14 +34,13 @@ class Block(nn.Module):
 
 class Histograms(nn.Module):
     """(N, 3, H, W) colours in [0, 1] -> (N, 7 x bins): square roots of soft histograms of the channels, of their shares of the sum,
-    and of the gradient's strength. Triangular bins, so that each value counts in the two nearest. Masked, they are of the pixels that are no
-    plain backdrop, which tells the place and not the plant."""
+    and of the gradient's strength. Triangular bins, so that each value counts in the two nearest."""
 
     centres: Tensor
 
-    def __init__(self, bins: int, masked: bool) -> None:
+    def __init__(self, bins: int) -> None:
         super().__init__()
-        self.bins, self.masked = bins, masked
+        self.bins = bins
         self.register_buffer("centres", torch.linspace(0, 1, bins).view(1, 1, bins, 1), persistent=False)
 
     def forward(self, colour: Tensor) -> Tensor:
@@ -51,29 +49,19 @@ class Histograms(nn.Module):
         grey = half.mean(dim=1, keepdim=True)
         down, right = grey[:, :, 1:, :-1] - grey[:, :, :-1, :-1], grey[:, :, :-1, 1:] - grey[:, :, :-1, :-1]
         strength = torch.sqrt((down.abs() + right.abs()).clamp(max=1.0) + 1e-6)
-        plant = 1 - backdrop(half) if self.masked else torch.ones_like(grey)
-        found = [self.soft(v, plant[:, :, : v.shape[2], : v.shape[3]]) for v in (half, share, strength)]
+        found = [self.soft(v) for v in (half, share, strength)]
         return torch.sqrt(torch.cat(found, dim=1) + 1e-4)
 
-    def soft(self, values: Tensor, weight: Tensor) -> Tensor:
-        flat, counted = values.flatten(2).unsqueeze(2), weight.flatten(2).unsqueeze(2)
+    def soft(self, values: Tensor) -> Tensor:
+        flat = values.flatten(2).unsqueeze(2)
         near = (1 - (flat - self.centres.to(values.dtype)).abs() * (self.bins - 1)).clamp(min=0)
-        return ((near * counted).sum(dim=3) / counted.sum(dim=3).clamp(min=1)).flatten(1)
-
-
-def backdrop(colour: Tensor) -> Tensor:
-    """(N, 3, H, W) in [0, 1] -> (N, 1, H, W), 1 where the pixel is ``augment.backdrop``'s, else 0."""
-    red, green, blue = colour[:, 0:1], colour[:, 1:2], colour[:, 2:3]
-    dark = colour.amax(dim=1, keepdim=True) < DARK / 255
-    grey = (blue >= green - LESS_BLUE / 255) & (red >= green - LESS_RED / 255)
-    grey = grey & (torch.maximum(red, blue) - green < TINT / 255)
-    return (dark | grey).to(colour.dtype)
+        return near.mean(dim=3).flatten(1)
 
 
 class LeafNet(nn.Module):
     """image (N, H, W, 3) uint8 -> logits (N, classes). Scaling of the pixels is part of the graph."""
 
-    def __init__(self, classes: int, width: int, blocks: int, kind: str, bins: int, masked: bool) -> None:
+    def __init__(self, classes: int, width: int, blocks: int, kind: str, bins: int = 0) -> None:
         super().__init__()
         stages: list[nn.Module] = []
         source = 3
@@ -84,7 +72,7 @@ class LeafNet(nn.Module):
             stages += [Block(target, kind) for _ in range(blocks if number else 0)]  # the first stage is the dear one
             source = target
         self.stages = nn.Sequential(*stages)
-        self.histograms = Histograms(bins, masked) if bins else None
+        self.histograms = Histograms(bins) if bins else None
         self.head = nn.Linear(2 * source + 7 * bins, classes)
 
     def features(self, image: Tensor) -> Tensor:
@@ -104,4 +92,4 @@ class LeafNet(nn.Module):
 def build_model(config: Config) -> nn.Module:
     torch.manual_seed(0)
     m = config.model
-    return LeafNet(len(config.data.classes), m.width, m.blocks, m.norm, m.colour_bins, m.mask_backdrop)
+    return LeafNet(len(config.data.classes), m.width, m.blocks, m.norm, m.colour_bins)

@@ -453,7 +453,7 @@ def test_the_large_preset_is_large_and_its_memory_is_known() -> None:
 def test_soft_histograms_count_every_pixel_once_in_its_two_nearest_bins() -> None:
     rng = np.random.default_rng(0)
     colour = rng.random((2, 3, 8, 8)).astype(np.float32)
-    found = Histograms(5, masked=False)(torch.from_numpy(colour)).numpy() ** 2 - 1e-4
+    found = Histograms(5)(torch.from_numpy(colour)).numpy() ** 2 - 1e-4
     np.testing.assert_allclose(found.reshape(2, 7, 5).sum(-1), 1.0, atol=1e-5)
     half = colour.reshape(2, 3, 4, 2, 4, 2).mean((3, 5))
     for image, channel in ((0, 0), (1, 2)):
@@ -465,35 +465,8 @@ def test_soft_histograms_count_every_pixel_once_in_its_two_nearest_bins() -> Non
         np.testing.assert_allclose(found[image, 5 * channel : 5 * channel + 5], slow, atol=1e-5)
 
 
-def test_a_mask_without_histograms_is_refused() -> None:
-    with pytest.raises(ConfigError, match="colour_bins"):
-        APPLICATION.configure(["model.mask_backdrop=true"])
-
-
-def test_masked_histograms_know_no_backdrop(made: Leaves) -> None:
-    """Two plain backdrops around one leaf: what is in front of them gives the same histograms, up to the leaf's rim."""
-    rng = np.random.default_rng(0)
-    leaf = np.clip(rng.normal([70, 120, 40], 12, (32, 32, 3)), 0, 255)
-    found = {}
-    for name, ground in {"black": (4, 5, 6), "grey": (140, 132, 138)}.items():
-        image = np.empty((1, 64, 64, 3), np.uint8)
-        image[:] = ground
-        image[0, 16:48, 16:48] = leaf
-        assert augment.backdrop(image).mean() == pytest.approx(0.75, abs=0.01)
-        colour = torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255
-        for masked in (False, True):
-            found[name, masked] = Histograms(8, masked)(colour).numpy()
-        inside = Histograms(8, masked=False)(colour[:, :, 16:48, 16:48]).numpy()
-        np.testing.assert_allclose(found[name, True][:, :48], inside[:, :48], atol=1e-5)  # of colours and their shares
-    assert np.abs(found["black", True] - found["grey", True]).max() < 0.25
-    assert np.abs(found["black", False] - found["grey", False]).max() > 0.7
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_histograms_run_on_the_device_as_in_torch(made: Leaves, tmp_path: Path, masked: bool) -> None:
-    config = APPLICATION.configure(
-        ["data.image_size=48", "model.width=8", "model.colour_bins=8", f"model.mask_backdrop={str(masked).lower()}"]
-    )
+def test_histograms_run_on_the_device_as_in_torch(made: Leaves, tmp_path: Path) -> None:
+    config = APPLICATION.configure(["data.image_size=48", "model.width=8", "model.colour_bins=8"])
     examples = made.examples(config).take(slice(0, 6))
     model = APPLICATION.build_model(config)
     write_onnx(model, APPLICATION, config, examples, tmp_path / "m.onnx", opset=config.export.opset)
