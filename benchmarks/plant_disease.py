@@ -138,9 +138,10 @@ class Cell:
         pooled = self.head(start, "pooled", f"{cell}-pooled")
         arrays = [checkpoints.load(m).arrays["head.weight"] for m in (federated, pooled)]
         equal = float(np.abs(arrays[0] - arrays[1]).max() / np.abs(arrays[1]).max())
+        row = "another crop's features" if cell == "features" else f"{cell} features"
         rows = {
-            f"{cell} features": {**self.scored(federated), "federated - pooled head": equal},
-            f"{cell} features{INVARIANT}": self.scored(self.head(start, "train", f"{cell}-invariant", invariant=True)),
+            row: {**self.scored(federated), "federated - pooled head": equal},
+            f"{row}{INVARIANT}": self.scored(self.head(start, "train", f"{cell}-invariant", invariant=True)),
         }
         for (row, values), invariant in zip(rows.items(), (False, True), strict=True):
             sites = left_out_sites(raw)[: 1 if self.quick else None]
