@@ -120,6 +120,7 @@ class Cell:
 
     def rows(self, cells: Sequence[str]) -> Rows:
         found: Rows = {}
+        self.check_features()
         for cell in cells:
             if cell == "gradients":
                 found |= self.gradients()
@@ -130,6 +131,20 @@ class Cell:
             found |= json.loads(done.read_text())
         return found
 
+    def check_features(self) -> None:
+        """Kept rows are of one --features. Raises InputError for another."""
+        kept = self.work / "features"
+        if self.features is None or not kept.is_dir():
+            return
+        if (
+            checkpoints.load(kept).manifest.parent_sha256
+            != checkpoints.child_lineage(checkpoints.load(self.features))[0]
+        ):
+            raise InputError(
+                f"{self.features}: the rows kept in {self.work} are of another model",
+                remedy="give that one, or remove the folder",
+            )
+
     def measured(self, cell: str) -> Rows:
         raw = self.read()
         self.write(raw)
@@ -138,16 +153,16 @@ class Cell:
         pooled = self.head(start, "pooled", f"{cell}-pooled")
         arrays = [checkpoints.load(m).arrays["head.weight"] for m in (federated, pooled)]
         equal = float(np.abs(arrays[0] - arrays[1]).max() / np.abs(arrays[1]).max())
-        row = "another crop's features" if cell == "features" else f"{cell} features"
+        name = "another crop's features" if cell == "features" else f"{cell} features"
         rows = {
-            row: {**self.scored(federated), "federated - pooled head": equal},
-            f"{row}{INVARIANT}": self.scored(self.head(start, "train", f"{cell}-invariant", invariant=True)),
+            name: {**self.scored(federated), "federated - pooled head": equal},
+            f"{name}{INVARIANT}": self.scored(self.head(start, "train", f"{cell}-invariant", invariant=True)),
         }
-        for (row, values), invariant in zip(rows.items(), (False, True), strict=True):
-            sites = left_out_sites(raw)[: 1 if self.quick else None]
-            recalls = [r for site in sites for r in self.left_out(raw, start, cell, site, invariant=invariant)]
+        sites = left_out_sites(raw)[: 1 if self.quick else None]
+        for row in rows:
+            recalls = [r for s in sites for r in self.left_out(raw, start, cell, s, invariant=row.endswith(INVARIANT))]
             if recalls:
-                rows[row] = {**values, "recall at a site left out": statistics.mean(recalls)}
+                rows[row]["recall at a site left out"] = statistics.mean(recalls)
         return rows
 
     def gradients(self) -> Rows:

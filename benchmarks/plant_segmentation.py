@@ -24,6 +24,7 @@ from typing import cast
 from applications.plant_segmentation.data import Pictures
 from benchmarks._goals import verdict
 from benchmarks.quality import call, interval
+from fl_core.contracts.errors import EnvironmentFault
 from fl_core.learning import seeding
 from fl_core.learning.application import application
 from fl_core.learning.partition import split_clients
@@ -88,7 +89,9 @@ def measured(part: str, data: str, seed: int, *, quick: bool) -> Rows:
         print("  segment", work, file=sys.stderr, flush=True)
         command = [sys.executable, "-m", f"applications.{APP}.segment", str(work / "model"), *unseen]
         command += ["--data", test, "--seed", str(seed), "--out", str(report.parent)]
-        subprocess.run([*command, *([] if part == "fields" else ["--mirror"])], stdout=sys.stderr, check=True)
+        ended = subprocess.run([*command, *([] if part == "fields" else ["--mirror"])], stdout=sys.stderr).returncode
+        if ended:
+            raise EnvironmentFault(f"segment ended with {ended}", remedy="its own message stands above")
     rows: Rows = {"model": json.loads(report.read_text())["scores"]["model"]}
     if not quick:
         rows |= tiles_floor(part, train, test, seed)
