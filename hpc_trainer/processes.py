@@ -68,7 +68,8 @@ def on_this_node() -> tuple[int, int]:
 
 
 def join() -> Processes:
-    """Join the group named by torchrun's or Slurm's environment. Raises EnvironmentFault naming the missing variable.
+    """Join the group named by torchrun's or Slurm's environment. Raises EnvironmentFault naming the missing variable, and for
+    more processes than GPUs on this node.
 
     After an elastic restart gloo needs a fresh key prefix: the old attempt's keys would be met again.
     """
@@ -76,6 +77,7 @@ def join() -> Processes:
         return Processes(0, 1, _device(0))
     rank, world, local = _launched()
     if torch.cuda.is_available():
+        _refuse_a_shared_gpu(on_this_node()[1], torch.cuda.device_count())
         torch.cuda.set_device(local % torch.cuda.device_count())
     timeout = datetime.timedelta(seconds=300)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -91,6 +93,15 @@ def join() -> Processes:
         timeout=timeout,
     )
     return Processes(rank, world, _device(local))
+
+
+def _refuse_a_shared_gpu(processes: int, gpus: int) -> None:
+    """NCCL's communicators take a device once."""
+    if processes > gpus:
+        raise EnvironmentFault(
+            f"{processes} processes on this node have {gpus} GPU{'s' * (gpus != 1)} between them, and NCCL needs one for each",
+            remedy="start as many processes as there are GPUs, or train on the processor with CUDA_VISIBLE_DEVICES=''",
+        )
 
 
 def _launched() -> tuple[int, int, int]:

@@ -320,3 +320,13 @@ def test_the_group_is_named_by_its_environment(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(EnvironmentFault, match="MASTER_ADDR is missing"):
         processes.join()
     assert sys.modules["torch.distributed"].is_initialized() is False
+
+
+def test_processes_that_would_share_a_gpu_are_refused_before_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(EnvironmentFault, match=r"2 processes on this node have 1 GPU between.*\n.*CUDA_VISIBLE_DEVICES"):
+        processes.join()
