@@ -24,7 +24,7 @@ from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.errors import EnvironmentFault, ExitCode, InputError
 from fl_core.learning.application import application
 from fl_core.learning.partition import split_clients
-from fl_core.learning.sources import data_folder, open_data
+from fl_core.learning.sources import GENERATED, data_folder, open_data
 from fl_core.storage import atomic
 
 RESULTS = Path("runs/benchmarks/quality")
@@ -34,7 +34,7 @@ T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # Student's t, two-sided 95 %, by
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """rounds: of the federation; presets: further rows, pooled, row -> preset of the application.
+    """rounds: of the federation; presets: further rows, pooled, row -> preset of the application; real: preset for recorded data.
 
     conditions: further rows of the pooled and the federated model, row -> overrides under which it is judged again.
     head: the last layer is then solved for by one round of ``statistics_head`` over the training clients.
@@ -42,6 +42,7 @@ class Plan:
     """
 
     rounds: int = 20
+    real: str = "default"
     head: bool = False
     presets: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, str] = field(default_factory=dict)
@@ -60,9 +61,9 @@ PLANS = {
             "without kinematics": "data.missing_kinematics=true",
         },
     ),
-    "plant_disease": Plan(rounds=10),
+    "plant_disease": Plan(rounds=10, real="maize"),
     "plant_segmentation": Plan(rounds=20),
-    "plant_anomaly": Plan(rounds=20, head=True),
+    "plant_anomaly": Plan(rounds=20, real="leaves", head=True),
     "topology_optimisation": Plan(rounds=10, written=True),
     "seismic_facies": Plan(rounds=20, presets={"2-D twin": "twin"}),
 }
@@ -94,20 +95,21 @@ def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> Non
     path = cell_file(name, cell, seed, quick=quick)
     if path.is_file():
         return
-    data = ["--data", "generated"] if quick else data_option(name)
+    data = ["--data", GENERATED] if quick else data_option(name)
     origin = data[1]
-    if plan.written and origin == "generated":
+    if plan.written and origin == GENERATED:
         data = ["--data", str(written(name, seed))]
     rounds = 5 if quick else plan.rounds
-    common = ["--seed", str(seed), *data, *(["--set", "pretrain.epochs=2"] if quick else [])]
+    preset = plan.presets.get(cell, "default" if origin == GENERATED else plan.real)
+    common = ["--seed", str(seed), *data, "--preset", preset, *(["--set", "pretrain.epochs=2"] if quick else [])]
     work = RESULTS / "work" / path.stem
     work.mkdir(parents=True, exist_ok=True)
     if cell == "floor":
-        found = floors(name, data[1], seed)
+        found = floors(name, data[1], seed, preset=preset)
     elif cell == "federated":
         found = federated(name, work, rounds, common, seed, plan)
     else:
-        found = pooled(name, work, [*common, "--preset", plan.presets.get(cell, "default")], seed, cell, plan)
+        found = pooled(name, work, common, seed, cell, plan)
     document = {"application": name, "seed": seed, "rounds": rounds, "data": origin, "variants": found}
     atomic.write_json(path, document)
     shutil.rmtree(work)
@@ -195,7 +197,7 @@ def floors(name: str, data: str, seed: int, *, preset: str = "default") -> Varia
 
 def data_option(name: str) -> list[str]:
     folder = data_folder(application(name), None)
-    return ["--data", str(folder) if folder else "generated"]
+    return ["--data", str(folder) if folder else GENERATED]
 
 
 def cell_file(name: str, cell: str, seed: int | str, *, quick: bool) -> Path:
