@@ -30,10 +30,20 @@ class ModelConfig:
     colour_bins: int = number(
         0, low=0, high=64, help="bins of soft histograms of colours and gradients beside the learned features; 0 = none"
     )
+    symmetries: int = number(
+        1,
+        low=1,
+        high=8,
+        help="outside training the mean over this many mirror images and quarter turns, as many times the work: 1, 2, 4 or 8",
+    )
     label_smoothing: float = number(0.05, low=0.0, high=0.5)
     class_weights: tuple[float, ...] = sequence(
         (), low=0.0, high=1e3, help="of each class in the loss, in the order of data.classes; [] = all equal"
     )
+
+    def __post_init__(self) -> None:
+        if self.symmetries not in (1, 2, 4, 8):
+            raise ConfigError(f"model.symmetries = {self.symmetries}", remedy="1, 2, 4 or 8")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,11 +58,22 @@ class Histograms(nn.Module):
         return near.mean(dim=3).flatten(1)
 
 
-class LeafNet(nn.Module):
-    """image (N, H, W, 3) uint8 -> logits (N, classes). Scaling of the pixels is part of the graph."""
+def symmetric(image: Tensor, count: int) -> Tensor:
+    """(N, C, S, S) -> (count N, C, S, S): the images, then their mirror images left to right, both top to bottom, all of them transposed."""
+    for reached, twin in ((2, lambda x: x.flip(3)), (4, lambda x: x.flip(2)), (8, lambda x: x.transpose(2, 3))):
+        image = torch.cat([image, twin(image)]) if reached <= count else image
+    return image
 
-    def __init__(self, classes: int, width: int, blocks: int, kind: str, bins: int = 0) -> None:
+
+class LeafNet(nn.Module):
+    """image (N, H, W, 3) uint8 -> logits (N, classes). Scaling of the pixels is part of the graph.
+
+    A leaf has no upper side: in evaluation, and so on devices, the features are the mean over ``symmetries`` mirror images and turns.
+    """
+
+    def __init__(self, classes: int, width: int, blocks: int, kind: str, bins: int = 0, symmetries: int = 1) -> None:
         super().__init__()
+        self.symmetries = symmetries
         stages: list[nn.Module] = []
         source = 3
         for number, multiple in enumerate(STAGES):
@@ -78,6 +89,12 @@ class LeafNet(nn.Module):
     def features(self, image: Tensor) -> Tensor:
         """(N, 2 x channels): mean and maximum over the image; small lesions show in the second. Then the histograms, if any."""
         pixels = image.permute(0, 3, 1, 2).to(self.head.weight.dtype)
+        if self.training or self.symmetries == 1:
+            return self._features(pixels)
+        found = self._features(symmetric(pixels, self.symmetries))
+        return found.view(self.symmetries, -1, found.shape[1]).mean(dim=0)
+
+    def _features(self, pixels: Tensor) -> Tensor:
         maps = self.stages(pixels * (1 / 64) - 2)
         found = [maps.mean(dim=(2, 3)), maps.amax(dim=(2, 3))]
         if self.histograms is not None:
@@ -92,4 +109,4 @@ class LeafNet(nn.Module):
 def build_model(config: Config) -> nn.Module:
     torch.manual_seed(0)
     m = config.model
-    return LeafNet(len(config.data.classes), m.width, m.blocks, m.norm, m.colour_bins)
+    return LeafNet(len(config.data.classes), m.width, m.blocks, m.norm, m.colour_bins, m.symmetries)

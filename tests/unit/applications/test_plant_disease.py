@@ -18,7 +18,7 @@ from applications.plant_disease import APPLICATION, augment, clients, data, floo
 from applications.plant_disease.clients import Facts
 from applications.plant_disease.config import MAIZE, Config
 from applications.plant_disease.data import Leaves
-from applications.plant_disease.model import Histograms
+from applications.plant_disease.model import Histograms, symmetric
 from edge_export.onnx_file import write_onnx
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.checkpoint import Checkpoint
@@ -465,10 +465,31 @@ def test_soft_histograms_count_every_pixel_once_in_its_two_nearest_bins() -> Non
         np.testing.assert_allclose(found[image, 5 * channel : 5 * channel + 5], slow, atol=1e-5)
 
 
-def test_histograms_run_on_the_device_as_in_torch(made: Leaves, tmp_path: Path) -> None:
-    config = APPLICATION.configure(["data.image_size=48", "model.width=8", "model.colour_bins=8"])
+SIZE = ["data.image_size=48", "model.width=8"]
+
+
+def test_histograms_and_symmetries_run_on_the_device_as_in_torch(made: Leaves, tmp_path: Path) -> None:
+    config = APPLICATION.configure([*SIZE, "model.colour_bins=8", "model.symmetries=8"])
     examples = made.examples(config).take(slice(0, 6))
     model = APPLICATION.build_model(config)
     write_onnx(model, APPLICATION, config, examples, tmp_path / "m.onnx", opset=config.export.opset)
     report = compare(predict(model, APPLICATION, config, examples), Session(tmp_path / "m.onnx").run(examples.inputs))
     assert report.relative_max <= config.export.parity_tolerance
+
+
+def test_with_symmetries_a_turned_leaf_is_the_same_leaf() -> None:
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), np.uint8))
+    plain, all_eight = (APPLICATION.build_model(APPLICATION.configure(SIZE + s)) for s in ([], ["model.symmetries=8"]))
+    turned = [torch.rot90(image, k, (1, 2)) for k in range(4)]
+    turned += [x.flip(2) for x in turned]
+    with torch.no_grad():
+        np.testing.assert_array_equal(all_eight.train()(image), plain.train()(image))
+        wanted = torch.stack([plain.eval()(x) for x in turned])
+        assert float((wanted - wanted.mean(0)).abs().max()) > 1e-3  # else there would be nothing to even out
+        for x in turned:
+            np.testing.assert_allclose(all_eight.eval()(x), wanted.mean(0), atol=1e-5)
+    flat = image.permute(0, 3, 1, 2)
+    assert torch.equal(symmetric(flat, 2), torch.cat([flat, flat.flip(3)]))
+    assert len({x.numpy().tobytes() for x in symmetric(flat[:1], 8)}) == 8
+    with pytest.raises(ConfigError, match="1, 2, 4 or 8"):
+        APPLICATION.configure(["model.symmetries=3"])

@@ -328,5 +328,7 @@ def test_processes_that_would_share_a_gpu_are_refused_before_they_meet(monkeypat
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    with pytest.raises(EnvironmentFault, match=r"2 processes on this node have 1 GPU between.*\n.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(
+        EnvironmentFault, match=r"2 processes on this node have 1 GPU between.*\n.*CUDA_VISIBLE_DEVICES"
+    ):
         processes.join()
