@@ -14,6 +14,10 @@ from fl_core.report.charts import png
 
 Array = npt.NDArray[Any]
 TURN = 0.618034  # of the colour circle from one plant's colour to the next
+LEGENDS = {
+    "instances": "orange = missed, blue = ground taken for plant, yellow = given to another plant",
+    "semantic": "orange = missed, blue = marked where there is nothing",
+}
 MISSED, WRONG, ELSEWHERE = (0.84, 0.37, 0.0), (0.0, 0.45, 0.70), (0.94, 0.89, 0.26)
 
 
@@ -42,8 +46,8 @@ def errors(truth: Array, found: Array, image: Array) -> Array:
     return made
 
 
-def table(rows: Sequence[tuple[str, Array, Array, Array]]) -> bytes:
-    """(name, image (H, W, 3), truth, found) of each row: photograph, truth, prediction, error. PNG."""
+def table(rows: Sequence[tuple[str, Array, Array, Array]], task: str = "instances") -> bytes:
+    """(name, image (H, W, 3), truth, found) of each row: photograph, truth, prediction, error. PNG. task: as ``model.task``."""
     figure = Figure(figsize=(9.2, 2.35 * len(rows) + 0.4), dpi=110, layout="constrained")
     grid = figure.subplots(len(rows), 4, squeeze=False)
     for number, (places, (name, image, truth, found)) in enumerate(zip(grid, rows, strict=True)):
@@ -55,7 +59,5 @@ def table(rows: Sequence[tuple[str, Array, Array, Array]]) -> bytes:
             if number == 0:
                 place.set_title(title, fontsize=9)
         places[0].set_ylabel(name, fontsize=8)
-    figure.supxlabel(
-        "error: orange = missed, blue = ground taken for plant, yellow = given to another plant", fontsize=8
-    )
+    figure.supxlabel(f"error: {LEGENDS[task]}", fontsize=8)
     return png(figure)

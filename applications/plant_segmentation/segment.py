@@ -142,9 +142,11 @@ def write_report(folder: Path, document: dict[str, Any], rows: list[tuple[str, A
     keys = list(next(iter(document["scores"].values())))
     page.section("Scores over whole photographs")
     page.table(["", *keys], [[name, *(s.get(k) for k in keys)] for name, s in document["scores"].items()])
-    picture = table(rows)
+    task = document["config"]["model"]["task"]
+    picture = table(rows, task)
     atomic.write_bytes(folder / "pictures.png", picture)
-    page.section("Photographs").picture(picture, "Each plant has a colour of its own; white pixels are not labelled.")
+    colours = "Each plant has a colour of its own" if task == "instances" else "All foreground has one colour"
+    page.section("Photographs").picture(picture, f"{colours}; white pixels are not labelled.")
     page.write(folder / "report.html")
 
 
