@@ -45,8 +45,15 @@ class Plan:
     real: str = "default"
     head: bool = False
     presets: dict[str, str] = field(default_factory=dict)
-    conditions: dict[str, str] = field(default_factory=dict)
+    conditions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     written: bool = False
+
+
+STILL = "data.missing_kinematics=true"
+
+
+def absent(*views: str) -> str:
+    return f"data.missing_views={json.dumps(views)}"
 
 
 PLANS = {
@@ -55,10 +62,11 @@ PLANS = {
         rounds=20,
         written=True,
         conditions={
-            **{f"without {view}": f'data.missing_views=["{view}"]' for view in VIEWS},
-            **{f"{view} alone": f"data.missing_views={json.dumps([v for v in VIEWS if v != view])}" for view in VIEWS},
-            "kinematics alone": f"data.missing_views={json.dumps(list(VIEWS))}",
-            "without kinematics": "data.missing_kinematics=true",
+            **{f"without {view}": (absent(view),) for view in VIEWS},
+            **{f"{view} alone": (absent(*(v for v in VIEWS if v != view)),) for view in VIEWS},
+            **{f"{view} alone, no kinematics": (absent(*(v for v in VIEWS if v != view)), STILL) for view in VIEWS},
+            "kinematics alone": (absent(*VIEWS),),
+            "without kinematics": (STILL,),
         },
     ),
     "plant_disease": Plan(rounds=10, real="maize"),
@@ -162,8 +170,8 @@ def judged_under(model: Path, common: list[str], seed: int, row: str, plan: Plan
     config = app.configure_from(loaded.manifest.config, origin=str(model))
     raw = open_data(app, config, common[common.index("--data") + 1], seed=seed).raw
     raw = raw.select(set(raw.client_ids()) - set(loaded.manifest.clients_seen))
-    for name, override in plan.conditions.items():
-        config = app.configure_from(loaded.manifest.config, [override], origin=str(model))
+    for name, overrides in plan.conditions.items():
+        config = app.configure_from(loaded.manifest.config, overrides, origin=str(model))
         examples = raw.examples(config)
         outputs = predict_checkpoint(app, config, loaded, examples)
         metrics = app.metrics(config, outputs, examples)

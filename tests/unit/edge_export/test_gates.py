@@ -110,6 +110,40 @@ def test_nodes_before_the_first_multiplication_are_preprocessing() -> None:
     assert quantize.preprocessing_nodes(helper.make_model(graph)) == {"is_nan", "where", "side"}
 
 
+@pytest.mark.parametrize(
+    ("share", "late"), [(1.0, set()), (0.9, {"c"}), (0.4, {"b", "c"}), (0.1, {"a", "b", "c"})]
+)
+def test_what_lies_behind_a_share_of_the_weights_stays_in_float(share: float, late: set[str], tmp_path: Path) -> None:
+    sizes = {"a": (4, 5), "b": (5, 6), "c": (6, 1)}  # 20, 30 and 6 weights
+    steps = [helper.make_node("MatMul", ["x", "wa"], ["ha"], "a"), helper.make_node("Relu", ["ha"], ["r"], "relu")]
+    steps += [
+        helper.make_node("MatMul", ["r", "wb"], ["hb"], "b"),
+        helper.make_node("MatMul", ["hb", "wc"], ["y"], "c"),
+    ]
+    rng = np.random.default_rng(0)
+    graph = helper.make_graph(
+        steps,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 1])],
+        [numpy_helper.from_array(rng.normal(size=s).astype(np.float32), f"w{n}") for n, s in sizes.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    assert quantize.behind(model, share) == late
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    recipe = dataclasses.replace(quantize.RECIPES[1], share=share)
+    columns = {name: np.array(["1", "2", "3"]) for name in ("example_id", "client", "group")}
+    calibration = Examples({"x": rng.normal(size=(3, 4)).astype(np.float32)}, np.zeros(3), columns)
+    session = quantize.quantize(tmp_path / "m.onnx", tmp_path / "q.onnx", recipe, X86, calibration)
+    assert session is not None
+    kept = {
+        t.name
+        for t in onnx.load(str(tmp_path / "q.onnx")).graph.initializer
+        if t.data_type == TensorProto.FLOAT and t.dims and len(t.dims) == 2
+    }
+    assert kept == {f"w{n}" for n in late}
+
+
 def test_recipes_follow_the_graph(tmp_path: Path) -> None:
     def first(kind: str) -> quantize.Recipe:
         node = helper.make_node(kind, ["x"], ["y"])
