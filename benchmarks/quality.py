@@ -69,7 +69,7 @@ PLANS = {
             "without kinematics": (STILL,),
         },
     ),
-    "plant_disease": Plan(rounds=10, real="maize"),
+    "plant_disease": Plan(rounds=10),
     "plant_segmentation": Plan(rounds=20),
     "plant_anomaly": Plan(rounds=20, real="leaves", head=True),
     "topology_optimisation": Plan(rounds=10, written=True),
