@@ -94,13 +94,13 @@ def preprocessing_nodes(model: onnx.ModelProto) -> set[str]:
 
 
 def behind(model: onnx.ModelProto, share: float) -> set[str]:
-    """Names of the multiplications behind the first ``share`` of the weights, in topological order."""
+    """Names of the multiplications behind the first ``share`` of the weights, in topological order; never of the first one."""
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
     found = [(n.name, sum(sizes.get(i, 0) for i in n.input)) for n in model.graph.node if n.op_type in COMPUTE]
     limit, counted, late = share * sum(size for _, size in found), 0, set[str]()
-    for name, size in found:
+    for number, (name, size) in enumerate(found):
         counted += size
-        if counted > limit:
+        if number and counted > limit:
             late.add(name)
     return late
 
