@@ -58,11 +58,11 @@ FLOAT_NORMS = {"InstanceNormalization", "GroupNormalization", "LayerNormalizatio
 
 
 def recipes(prepared: Path) -> tuple[Recipe, ...]:
-    """All recipes, the most promising for this graph first."""
+    """All recipes, the most promising for this graph first, those that leave a part of the weights in float last."""
     present = {node.op_type for node in onnx.load(str(prepared)).graph.node}
     if not present & FLOAT_NORMS:
         return RECIPES
-    return tuple(sorted(RECIPES, key=lambda recipe: recipe.operators != COMPUTE))
+    return tuple(sorted(RECIPES, key=lambda recipe: (recipe.share < 1, recipe.operators != COMPUTE)))
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]

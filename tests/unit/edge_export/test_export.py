@@ -181,6 +181,19 @@ def test_a_scores_gate_that_is_missed_falls_back_to_fp32(tmp_path: Path) -> None
     assert facts["note"] in (tmp_path / "bundle" / "card.md").read_text()
 
 
+def test_weights_stay_in_float_only_where_no_smaller_model_holds_the_gates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edge_export.variants.GOOD_ENOUGH", 1e-9)  # every recipe is looked at
+    monkeypatch.setattr("edge_export.gates.MAX_METRIC_LOSS", np.inf)  # of a model that was never trained
+    source = make_checkpoint(tmp_path / "ckpt", "toy_regression", "model.hidden=512")
+    wanted = ["export.int8_tolerance=1.0", 'export.targets=["arm64"]']  # not run here, so that no clock decides
+    facts = export_checkpoint(source, tmp_path / "bundle", overrides=wanted).targets["arm64"]
+    assert facts["precision"] == "int8", facts["note"]
+    assert facts["score_drift"] > 0
+    assert not facts["recipe"].startswith("first half")
+
+
 def test_no_trace_of_the_exporting_machine_in_the_model(conflict: Path) -> None:
     for file in conflict.glob("*.onnx"):
         data = file.read_bytes()

@@ -150,6 +150,7 @@ def test_recipes_follow_the_graph(tmp_path: Path) -> None:
         onnx.load(str(path))
         found = quantize.recipes(path)
         assert set(found) == set(quantize.RECIPES)
+        assert [r.share for r in found] == sorted((r.share for r in found), reverse=True)
         return found[0]
 
     assert first("Relu").operators != quantize.COMPUTE
