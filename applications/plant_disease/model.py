@@ -60,8 +60,12 @@ class Histograms(nn.Module):
 
 def symmetric(image: Tensor, count: int) -> Tensor:
     """(N, C, S, S) -> (count N, C, S, S): the images, then their mirror images left to right, both top to bottom, all of them transposed."""
-    for reached, twin in ((2, lambda x: x.flip(3)), (4, lambda x: x.flip(2)), (8, lambda x: x.transpose(2, 3))):
-        image = torch.cat([image, twin(image)]) if reached <= count else image
+    if count >= 2:
+        image = torch.cat([image, image.flip(3)])
+    if count >= 4:
+        image = torch.cat([image, image.flip(2)])
+    if count >= 8:
+        image = torch.cat([image, image.transpose(2, 3)])
     return image
 
 

@@ -40,11 +40,10 @@ class ProcessWorkers(Workers):
         self._job: bytes = b""
         self._losses = 0
         gc.freeze()  # what exists now is not visited by the children's collector: its pages stay shared
-        for number in range(count):
+        for _ in range(count):
             process, end = self._start()
             self._processes.append(process)
             self._ends.append(end)
-            del number
 
     def _start(self) -> tuple[BaseProcess, Connection]:
         ours, theirs = self._context.Pipe()
