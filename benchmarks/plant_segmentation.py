@@ -88,8 +88,8 @@ def measured(part: str, data: str, seed: int, *, quick: bool) -> Rows:
     if not report.is_file():
         print("  segment", work, file=sys.stderr, flush=True)
         command = [sys.executable, "-m", f"applications.{APP}.segment", str(work / "model"), *unseen]
-        command += ["--data", test, "--seed", str(seed), "--out", str(report.parent)]
-        ended = subprocess.run([*command, *([] if part == "fields" else ["--mirror"])], stdout=sys.stderr).returncode
+        command += ["--mirror", "--data", test, "--seed", str(seed), "--out", str(report.parent)]
+        ended = subprocess.run(command, stdout=sys.stderr).returncode
         if ended:
             raise EnvironmentFault(f"segment ended with {ended}", remedy="its own message stands above")
     rows: Rows = {"model": json.loads(report.read_text())["scores"]["model"]}
