@@ -6,20 +6,21 @@ Pinhole cameras over a flat road, drawn with soft edges on a grid of ``BASE`` un
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from applications.driver_attention.driver import Eyes
+from applications.driver_attention import scenery
+from applications.driver_attention.canvas import Canvas, Image, Pinhole, column
+from applications.driver_attention.driver import STEP_S, Eyes
+from applications.driver_attention.scenery import Scenery
 from applications.driver_attention.traffic import FAR, LANE, LENGTH, WIDTH, Scene
 
-Image = npt.NDArray[np.float32]
 Array = npt.NDArray[np.float64]
-BASE = (32.0, 48.0)  # rows and columns in which the cameras' geometry is written
 HALF = WIDTH / 2
-TALL = 1.45  # m, of vehicles
 DASH_M, DASH_PERIOD_M = 4.0, 12.0
+WINDOWS_UP_TO = 2.5  # m: lorries have none behind
 EDGE_RIGHT, LINE, EDGE_LEFT = -LANE / 2, LANE / 2, 1.5 * LANE
 
 
@@ -61,6 +62,9 @@ class Look:
     verge: Array
     lead: Array  # grey of the vehicles
     beside: Array
+    lead_tall: Array  # m
+    beside_tall: Array
+    mended: Array  # strength of the stripes and patches of another grey on the road
     shadow: Array  # m along the road
     ground: Array  # phase of the verge's texture
     shake: Array  # of the cameras outside, in base units up
@@ -76,6 +80,9 @@ class Look:
             "verge": rng.uniform(50, 150, clips) * dim,
             "lead": rng.uniform(25, 210, clips) * dim,
             "beside": rng.uniform(25, 210, clips) * dim,
+            "lead_tall": scenery.heights(rng, clips),
+            "beside_tall": scenery.heights(rng, clips),
+            "mended": np.where(rng.random(clips) < 0.7, rng.uniform(0.0, 0.25, clips), 0.0),
             "shadow": np.where(rng.random(clips) < 0.5, rng.uniform(0, 200, clips), -FAR),
             "ground": rng.uniform(0, 100, clips),
         }
@@ -86,85 +93,27 @@ class Look:
         return cls(**made, shake=rough.reshape(-1))
 
 
-class Canvas:
-    """(m, H, W) frames; u, v: column and row of each pixel's centre in base units."""
-
-    def __init__(self, image: Image, u: Image, v: Image, soft: float) -> None:
-        self.image, self.u, self.v, self.soft = image, u, v, soft
-
-    @classmethod
-    def blank(cls, count: int, height: int, width: int) -> Self:
-        v = ((np.arange(height, dtype=np.float32) + 0.5) * (BASE[0] / height))[None, :, None]
-        u = ((np.arange(width, dtype=np.float32) + 0.5) * (BASE[1] / width))[None, None, :]
-        soft = max(BASE[0] / height, BASE[1] / width)
-        return cls(np.zeros((count, height, width), np.float32), u, v, soft)
-
-    def near(self, u: Array, v: Array, across: float, high: float) -> Self:
-        """The part of the same frames that holds everything within (across, high) of the points (u, v)."""
-        rows = _span(self.v.reshape(-1), v, high + self.soft)
-        columns = _span(self.u.reshape(-1), u, across + self.soft)
-        return type(self)(self.image[:, rows, columns], self.u[:, :, columns], self.v[:, rows], self.soft)
-
-    def blend(self, cover: npt.NDArray[np.floating], value: npt.NDArray[np.floating] | float) -> None:
-        self.image += np.asarray(cover, np.float32) * (np.asarray(value, np.float32) - self.image)
-
-    def inside(self, distance: npt.NDArray[np.floating]) -> Image:
-        """1 where ``distance`` to an edge is positive, 0 outside, soft over one pixel."""
-        found: Image = np.clip(np.asarray(distance, np.float32) * np.float32(1 / self.soft) + np.float32(0.5), 0, 1)
-        return found
-
-    def box(self, left: Array, right: Array, top: Array, bottom: Array) -> Image:
-        across = self.inside(self.u - column(left)) * self.inside(column(right) - self.u)
-        high = self.inside(self.v - column(top)) * self.inside(column(bottom) - self.v)
-        found: Image = across * high
-        return found
-
-    def ellipse(self, u: Array, v: Array, across: Array | float, high: Array | float) -> Image:
-        a, b = (np.maximum(column(x), np.float32(0.05)) for x in (across, high))
-        away = np.sqrt(((self.u - column(u)) / a) ** 2 + ((self.v - column(v)) / b) ** 2)
-        cover = self.inside((1 - away) * np.minimum(a, b))
-        found: Image = cover * (np.abs(self.u - column(u)) < a + self.soft)  # soft at its edge, not along a flat one
-        return found
-
-    def finished(self, look: Look, noise: float, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-        grain = rng.standard_normal(self.image.shape, dtype=np.float32) * np.float32(noise)
-        made: npt.NDArray[np.uint8] = np.clip(self.image * column(look.gain) + grain, 0, 255).astype(np.uint8)
-        return made
-
-
-def _span(centres: Image, at: Array, reach: float) -> slice:
-    """The centres from the least of ``at`` - reach to the largest + reach."""
-    first, last = np.searchsorted(centres, [float(at.min()) - reach, float(at.max()) + reach])
-    return slice(int(first), int(last))
-
-
-def column(x: npt.NDArray[Any] | float) -> Image:
-    """(m,) or a number, so that it meets (m, H, W)."""
-    return np.asarray(x, np.float32).reshape(-1, 1, 1)
-
-
-def front(scene: Scene, look: Look, car: Vehicle, canvas: Canvas) -> None:
+def front(scene: Scene, look: Look, around: Scenery, car: Vehicle, canvas: Canvas) -> None:
     """The road ahead from 1.3 m above it. scene: (m,) arrays of the frames."""
-    focal, high = 40.0, 1.3
-    horizon = column(11.0 + car.front_row - 0.14 * scene.acceleration + look.shake)  # the nose dives in braking
-    middle = 24.0 + car.front_column
-    below = canvas.v - horizon
-    deep = focal * high / np.maximum(below, 0.2)
+    nose = 11.0 + car.front_row - 0.14 * scene.acceleration + look.shake  # it dives in braking
+    view = Pinhole(focal=40.0, high=1.3, horizon=nose, middle=24.0 + car.front_column)
+    scenery.distance(canvas, around, view)
+    below = canvas.v - column(nose)
+    deep = view.focal * view.high / np.maximum(below, 0.2)
     bend = column(scene.curvature) * deep**2 / 2 - column(scene.heading) * deep
-    at = column(scene.y) - (canvas.u - middle) * deep / focal - bend  # m left of our lane's middle
+    at = column(scene.y) - (canvas.u - view.middle) * deep / view.focal - bend  # m left of our lane's middle
     along = deep + column(scene.travelled)
-    sky = np.where(look.night, 35.0, 215.0)
-    canvas.image[:] = column(sky)
-    ground(canvas, at, along, deep / focal, canvas.inside(below), look)
+    ground(canvas, at, along, deep / view.focal, canvas.inside(below), look)
+    scenery.ahead(canvas, around, scene, look.night, view)
     ahead = scene.lead_gap - LENGTH / 2 - 1.5, scene.beside_x - LENGTH / 2 - 1.5
-    lead = -scene.y, look.lead, scene.lead_brakes
-    other = scene.beside_y - scene.y, look.beside, np.zeros(len(look.gain), bool)
+    lead = -scene.y, look.lead, look.lead_tall, scene.lead_brakes
+    other = scene.beside_y - scene.y, look.beside, look.beside_tall, np.zeros(len(look.gain), bool)
     first_is_lead = ahead[0] > ahead[1]
     for far in (True, False):  # the farther one first
         use = first_is_lead == far
         deep_at = np.where(use, ahead[0], ahead[1])
-        sideways, grey, lit = (np.where(use, a, b) for a, b in zip(lead, other, strict=True))
-        rear(canvas, deep_at, sideways, grey, lit, scene, look, focal, high, horizon, middle)
+        sideways, grey, tall, lit = (np.where(use, a, b) for a, b in zip(lead, other, strict=True))
+        rear(canvas, deep_at, sideways, grey, tall, lit, scene, look, view)
 
 
 def ground(canvas: Canvas, at: Image, along: Image, foot: Image, cover: Image, look: Look) -> None:
@@ -174,7 +123,11 @@ def ground(canvas: Canvas, at: Image, along: Image, foot: Image, cover: Image, l
     canvas.blend(cover, column(look.verge) + 25 * texture * fading)
     road = (at > EDGE_RIGHT - 0.5) & (at < EDGE_LEFT + 0.5)
     dark = (np.abs(along - column(look.shadow)) % 60.0) < 7.0
-    grey = column(look.asphalt) * np.where(dark & (column(look.shadow) >= 0), 0.6, 1.0)
+    worn = np.sin(along * np.float32(0.31) + column(look.ground)) + np.sin(
+        along * np.float32(0.83) + at + 2 * column(look.ground)
+    )
+    worn = 1 + column(look.mended) * worn * np.minimum(1.0, 1.5 / np.maximum(foot, 1e-3))
+    grey = column(look.asphalt) * worn * np.where(dark & (column(look.shadow) >= 0), 0.6, 1.0)
     canvas.blend(cover * road, grey)
     bright = column(np.where(look.night, 150.0, 225.0))
     wide, strength = np.float32(0.15) + foot, np.minimum(1.0, 0.4 / np.maximum(foot, 1e-3))
@@ -186,58 +139,64 @@ def ground(canvas: Canvas, at: Image, along: Image, foot: Image, cover: Image, l
 
 
 def rear(
-    canvas: Canvas, deep: Array, sideways: Array, grey: Array, lit: Array, scene: Scene, look: Look,
-    focal: float, high: float, horizon: Image, middle: float,
+    canvas: Canvas, deep: Array, sideways: Array, grey: Array, tall: Array, lit: Array, scene: Scene, look: Look, view: Pinhole
 ) -> None:  # fmt: skip
     """The back of a vehicle ``deep`` m ahead, its middle ``sideways`` m to the left of ours."""
-    there = ((deep > 1.0) & (deep < 150.0)).astype(np.float32)
+    there = ((deep > 1.0) & (deep < 150.0)).astype(float)
     z = np.clip(deep, 1.0, 150.0)
-    x = sideways - scene.heading * z + scene.curvature * z**2 / 2
-    u = middle - focal * x / z
-    half = focal * HALF / z
-    base = horizon.reshape(-1)
-    bottom, top = base + focal * high / z, base + focal * (high - TALL) / z
-    tall = bottom - top
-    cover = canvas.box(u - half, u + half, top, bottom) * column(there)
-    canvas.blend(cover, column(grey))
-    canvas.blend(canvas.box(u - 0.8 * half, u + 0.8 * half, top + 0.1 * tall, top + 0.42 * tall) * column(there), 40.0)
-    canvas.blend(canvas.box(u - half, u + half, bottom - 0.12 * tall, bottom) * column(there), 18.0)
+    u = view.column(sideways - scene.heading * z + scene.curvature * z**2 / 2, z)
+    half = view.focal * HALF / z
+    low = np.minimum(tall, 2.0)  # lamps and windows of the taller ones sit where those of vans do
+
+    def board(wide: float, bottom: Array | float, top: Array, shade: Array | float, shown: Array) -> None:
+        cover = canvas.box(u - wide * half, u + wide * half, view.row(top, z), view.row(bottom, z))
+        canvas.blend(cover * column(shown), shade if isinstance(shade, float) else column(shade))
+
+    board(1.0, 0.0, tall, grey, there)
+    board(0.8, 0.58 * low, 0.9 * low, 40.0, there * (tall < WINDOWS_UP_TO))
+    board(1.0, 0.0, 0.12 * low, 18.0, there)
     glow = np.where(lit, 255.0, np.where(look.night, 140.0, 0.7 * grey + 30.0))
     for sign in (-1.0, 1.0):
-        lamp = canvas.ellipse(u + sign * 0.78 * half, top + 0.58 * tall, 0.2 * half, 0.12 * tall)
+        at, high = view.row(0.42 * low, z), 0.12 * view.focal * low / z
+        lamp = canvas.ellipse(u + sign * 0.78 * half, at, 0.2 * half, high)
         canvas.blend(lamp * column(there), column(glow))
 
 
-def side(scene: Scene, look: Look, car: Vehicle, canvas: Canvas) -> None:
+def side(scene: Scene, look: Look, around: Scenery, car: Vehicle, canvas: Canvas) -> None:
     """The lane to the left, seen across from the left mirror 1 m above the road; right in the picture is ahead."""
-    focal, high = 14.0, 1.0
     base = 7.0 + car.side_row + look.shake
+    view = Pinhole(focal=14.0, high=1.0, horizon=base, middle=24.0 + car.side_column)
     horizon = column(base)
-    middle = 24.0 + car.side_column
     below = canvas.v - horizon
-    away = focal * high / np.maximum(below, 0.2)  # m to the left
+    away = view.focal * view.high / np.maximum(below, 0.2)  # m to the left
     at = column(scene.y) + HALF + away + 0 * canvas.u
-    along = column(scene.travelled) + (canvas.u - np.float32(middle)) * away / focal
-    canvas.image[:] = column(np.where(look.night, 35.0, 200.0))
-    ground(canvas, at, along, away / focal + 0 * canvas.u + 0 * at, canvas.inside(below) + 0 * at, look)
-    fence = column(EDGE_LEFT + 1.2 - HALF - scene.y)
-    post = ((column(scene.travelled) + (canvas.u - np.float32(middle)) * fence / focal) % 5.0) < 0.6
-    rail = canvas.inside(canvas.v - (horizon + focal * 0.3 / fence)) * canvas.inside(
-        (horizon + focal * 0.75 / fence) - canvas.v
+    along = column(scene.travelled) + (canvas.u - np.float32(view.middle)) * away / view.focal
+    canvas.image[:] = column(around.sky)
+    ground(canvas, at, along, away / view.focal + 0 * canvas.u + 0 * at, canvas.inside(below) + 0 * at, look)
+    scenery.beside(canvas, around, scene, look.night, view)
+    fence = EDGE_LEFT + 1.2 - HALF - scene.y
+    post = ((column(scene.travelled) + (canvas.u - np.float32(view.middle)) * column(fence) / view.focal) % 5.0) < 0.6
+    rail = canvas.inside(canvas.v - column(view.row(0.7, fence))) * canvas.inside(
+        column(view.row(0.25, fence)) - canvas.v
     )
     canvas.blend(rail * np.where(post, 0.9, 0.5), column(0.8 * look.verge))
     near = scene.beside_y - scene.y - WIDTH
     there = ((scene.beside_x < FAR / 2) & (near > -HALF)).astype(np.float32)
     z = np.clip(near, 0.15, 10.0)
     x = scene.beside_x - 0.5
-    left, right = middle + focal * (x - LENGTH / 2) / z, middle + focal * (x + LENGTH / 2) / z
-    bottom, top = base + focal * high / z, base + focal * (high - TALL) / z
-    tall = bottom - top
-    canvas.blend(canvas.box(left, right, top + 0.35 * tall, bottom - 0.1 * tall) * column(there), column(look.beside))
-    roof = canvas.box(left + 0.22 * (right - left), right - 0.18 * (right - left), top, top + 0.4 * tall)
-    canvas.blend(roof * column(there), 45.0)
+    left, right = view.column(-(x - LENGTH / 2), z), view.column(-(x + LENGTH / 2), z)
+    a_car, low = look.beside_tall < 1.8, np.minimum(look.beside_tall, 2.0)
+    body = np.where(a_car, 0.65 * low, look.beside_tall)  # a car's windows are set back, the walls of a van are not
+    canvas.blend(
+        canvas.box(left, right, view.row(body, z), view.row(0.1 * low, z)) * column(there), column(look.beside)
+    )
+    roof = canvas.box(
+        left + 0.22 * (right - left), right - 0.18 * (right - left), view.row(low, z), view.row(0.6 * low, z)
+    )
+    canvas.blend(roof * column(there * a_car), 45.0)
     for place in (-1.35, 1.35):
-        wheel = canvas.ellipse(middle + focal * (x + place) / z, bottom - 0.21 * tall, focal * 0.33 / z, 0.22 * tall)
+        middle = view.column(-(x + place), z)
+        wheel = canvas.ellipse(middle, view.row(0.3, z), view.focal * 0.33 / z, view.focal * 0.32 / z)
         canvas.blend(wheel * column(there), 15.0)
 
 
@@ -284,6 +243,7 @@ def pictures(
     m, frames = steps.shape
     flat = Scene(**{k: v.reshape(-1) for k, v in vars(scene.take(rows, steps)).items()})
     look = Look.draw(rng, m, frames)
+    around = Scenery.draw(rng, look.night[::frames], frames, 1 / (STEP_S * float(steps[0, 1] - steps[0, 0])))
     seen = tuple(x[rows[:, None], steps].reshape(-1) for x in (eyes.across, eyes.down, eyes.lids, eyes.nod))
     drift = rng.normal(0, 0.35, (2, m, frames)).cumsum(axis=2)
     sway = (drift - drift.mean(axis=2, keepdims=True)).reshape(2, -1)
@@ -291,10 +251,10 @@ def pictures(
     for view in ("front", "cabin", "side"):
         canvas = Canvas.blank(m * frames, height, width)
         if view == "front":
-            front(flat, look, car, canvas)
+            front(flat, look, around, car, canvas)
         elif view == "side":
-            side(flat, look, car, canvas)
+            side(flat, look, around, car, canvas)
         else:
             cabin((seen[0], seen[1], seen[2], seen[3]), look, car, canvas, (sway[0], sway[1]))
-        made[view] = canvas.finished(look, car.noise, rng).reshape(m, frames, height, width)
+        made[view] = canvas.finished(look.gain, car.noise, rng).reshape(m, frames, height, width)
     return made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from applications.driver_attention import (
     driver,
     generator,
     pipeline,
+    scenery,
     traffic,
 )
 from applications.driver_attention.config import VIEWS, Config
@@ -161,6 +164,60 @@ def test_the_lead_vehicle_has_the_size_that_its_distance_gives(gap: float) -> No
     other = (seen(near, look)["front"][0, 0].astype(float) - seen(far, look)["front"][0, 0]) != 0
     wide = int(other.any(axis=0).sum())
     assert abs(wide - 40.0 * traffic.WIDTH / gap) <= 2
+
+
+def test_a_lorry_is_taller_than_a_car_and_stands_on_the_same_place() -> None:
+    look = eyes("attentive")
+    scene = run(script("none"), look)
+    near = dataclasses.replace(scene, lead_gap=np.full_like(scene.lead_gap, 15.0))
+    far = dataclasses.replace(scene, lead_gap=np.full_like(scene.lead_gap, traffic.FAR))
+    tops, bottoms = [], []
+    for tall in (1.4, 3.5):
+        with mock.patch.object(scenery, "heights", lambda rng, count, tall=tall: np.full(count, tall)):
+            shown = np.nonzero(seen(near, look)["front"][0, 0] != seen(far, look)["front"][0, 0])[0]
+        tops.append(shown.min())
+        bottoms.append(shown.max())
+    assert tops[0] - tops[1] >= 5
+    assert bottoms[0] == bottoms[1], "how far it is shows where its wheels are"
+
+
+def test_what_stands_by_the_road_moves_as_the_vehicle_does_and_nobody_comes_towards_us_in_our_lanes() -> None:
+    night = np.zeros(400, bool)
+    around = scenery.Scenery.draw(np.random.default_rng(0), night, 15, 5.0)
+    assert (around.aside[:, scenery.RIGHT] < -traffic.LANE).all()
+    assert (around.aside[:, scenery.LEFT] > cameras.EDGE_LEFT).all()
+    assert cameras.EDGE_LEFT + traffic.WIDTH / 2 < scenery.ACROSS
+    place, spacing = np.array([-70.0, 6.0, 7.0, 250.0]), np.array([20.0, 14.0, 30.0, 45.0])
+    nearest = scenery.after(place, spacing)
+    assert ((nearest >= scenery.NEAREST_M) & (nearest < scenery.NEAREST_M + spacing)).all()
+    np.testing.assert_allclose((nearest - place) / spacing, np.round((nearest - place) / spacing), atol=1e-9)
+    look = eyes("attentive")
+    scene = run(script("none", lead=False), look)
+    still = dataclasses.replace(
+        scene, **{name: np.repeat(getattr(scene, name)[:, :1], STEPS, axis=1) for name in vars(scene)}
+    )
+    draw = scenery.Scenery.draw
+
+    def drawn(*given: Any) -> scenery.Scenery:
+        return dataclasses.replace(draw(*given), gaps=np.zeros(len(range(0, STEPS, 10))))
+
+    with (
+        mock.patch.object(scenery.Scenery, "draw", drawn),
+        mock.patch.object(cameras.Look, "draw", _steady(cameras.Look.draw)),
+    ):
+        for view in ("front", "side"):
+            assert (seen(still, look)[view][0] == seen(still, look)[view][0, :1]).all(), view
+            assert (seen(scene, look)[view][0] != seen(scene, look)[view][0, :1]).any(), view
+
+
+def _steady(draw: Any) -> Any:
+    """The same light in all frames, and a smooth road."""
+
+    def drawn(rng: np.random.Generator, clips: int, frames: int) -> cameras.Look:
+        look = draw(rng, clips, frames)
+        return dataclasses.replace(look, gain=np.ones_like(look.gain), shake=np.zeros_like(look.shake))
+
+    return drawn
 
 
 def test_motion_agrees_with_the_instruments() -> None:
