@@ -23,6 +23,7 @@ from typing import cast
 from applications.plant_disease import APPLICATION
 from applications.plant_disease.data import Leaf, Leaves
 from applications.plant_disease.floor import random_forest
+from benchmarks import _kept as kept
 from benchmarks._goals import verdict
 from benchmarks.quality import call, interval
 from fl_core.learning import seeding
@@ -88,6 +89,10 @@ def generated() -> Leaves:
 
 def cell(raw: Leaves, row: str, seed: int, work: Path, settings: Sequence[str]) -> Row:
     done = work / f"{row.replace(' ', '-')}.json"
+    config = APPLICATION.configure([*EVERYTHING, *settings], preset=PRESET)
+    kept.check(
+        work / "settings.json", {PRESET: config}, kept=work.is_dir(), remove=f"remove {work}, or give another --out"
+    )
     if not done.is_file():
         parts = split(raw, seed)
         for name, leaves in parts.items():

@@ -27,6 +27,7 @@ from applications.plant_anomaly.config import Config
 from applications.plant_anomaly.data import Photographs
 from applications.plant_anomaly.floor import colour_neighbours
 from applications.plant_anomaly.metrics import rate_at
+from benchmarks import _kept as kept
 from benchmarks._goals import verdict
 from benchmarks.quality import call, interval
 from fl_core.learning import seeding
@@ -71,10 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measured(folder: str, site: str, seed: int, *, quick: bool) -> Rows:
     work = RESULTS / ("quick" if quick else Path(folder).name) / f"{site}-{seed}"
     done = work / "rows.json"
+    config: Config = APPLICATION.configure(SMALL if quick else (), preset="leaves")
+    kept.check(work / "settings.json", {"leaves": config}, kept=work.is_dir(), remove=f"remove {work}")
     if done.is_file():
         found: Rows = json.loads(done.read_text())
         return found
-    config: Config = APPLICATION.configure(SMALL if quick else (), preset="leaves")
     raw = read(folder, config)
     fit, rest = parted(raw, site, seed)
     if not (work / "fit").is_dir():

@@ -30,6 +30,7 @@ import numpy as np
 
 from applications.plant_disease import APPLICATION, transfer
 from applications.plant_disease.data import Leaves
+from benchmarks import _kept as kept
 from benchmarks._goals import verdict
 from benchmarks.quality import call, interval
 from fl_core.contracts import checkpoint as checkpoints
@@ -120,6 +121,10 @@ class Cell:
 
     def rows(self, cells: Sequence[str]) -> Rows:
         found: Rows = {}
+        config = APPLICATION.configure(self.settings)
+        kept.check(
+            self.work / "settings.json", {"default": config}, kept=self.work.is_dir(), remove=f"remove {self.work}"
+        )
         self.check_features()
         for cell in cells:
             if cell == "gradients":

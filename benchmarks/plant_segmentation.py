@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import cast
 
 from applications.plant_segmentation.data import Pictures
+from benchmarks import _kept as kept
 from benchmarks._goals import verdict
 from benchmarks.quality import call, interval
 from fl_core.contracts.errors import EnvironmentFault
@@ -73,10 +74,12 @@ def measured(part: str, data: str, seed: int, *, quick: bool) -> Rows:
     """Trained, segmented and scored once; ``rows.json`` keeps the result."""
     work = RESULTS / f"{'quick-' if quick else ''}{part}-{seed}"
     done = work / "rows.json"
+    settings = [*SETTINGS[part], *(SMALL if quick else ())]
+    config = application(APP).configure(settings, preset=PRESETS[part])
+    kept.check(work / "settings.json", {PRESETS[part]: config}, kept=work.is_dir(), remove=f"remove {work}")
     if done.is_file():
         found: Rows = json.loads(done.read_text())
         return found
-    settings = [*SETTINGS[part], *(SMALL if quick else ())]
     train, test, unseen = data, data, ["--unseen"]
     if part == "lesions":
         (train, test), unseen = set_aside(Path(data), seed, work), []

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from applications.driver_attention.config import VIEWS
+from benchmarks import _kept as kept
 from fieldfleet.evaluate import predict_checkpoint
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.errors import EnvironmentFault, ExitCode, InputError
@@ -91,11 +92,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in args.apps or (QUICK if args.quick else PLANS):
         plan = PLANS.get(name, Plan())
         cells = [c for c in ("floor", "pooled", *plan.presets, "federated") if not args.cells or c in args.cells]
+        check_kept(name, plan, quick=args.quick)
         for seed in range(1 if args.quick else args.seeds):
             for cell in cells:
                 run_cell(name, cell, seed, plan, quick=args.quick)
         print_table(name, quick=args.quick)
     return 0
+
+
+def check_kept(name: str, plan: Plan, *, quick: bool) -> None:
+    """Raises InputError for results kept of an application whose presets were others then."""
+    app, first = application(name), cell_file(name, "floor", 0, quick=quick)
+    origin = GENERATED if quick else data_option(name)[1]
+    presets = {"default" if origin == GENERATED else plan.real, *plan.presets.values()}
+    stem = first.name.removesuffix("-floor-0.json")
+    kept.check(
+        RESULTS / f"{stem}.settings.json",
+        {preset: app.configure(preset=preset) for preset in sorted(presets)},
+        kept=any(RESULTS.glob(f"{stem}-*.json")),
+        remove=f"remove {RESULTS}/{stem}*, {RESULTS}/work/{stem}-* and {RESULTS}/data/{name}-*",
+    )
 
 
 def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> None:

@@ -18,8 +18,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import _kept as kept
 from benchmarks._goals import verdict
 from benchmarks.quality import UNSEEN, call, floors, interval
+from fl_core.learning.application import application
 from fl_core.storage import atomic
 
 APP = "seismic_facies"
@@ -58,13 +60,16 @@ def measured(data: str, seed: int, epochs: int, nets: list[str], *, quick: bool)
     folder = RESULTS / kind / f"seed-{seed}"
     suffix = "" if len(nets) > 1 else "-alone"
     done = folder / f"rows{suffix}.json"
-    if done.is_file():
-        found: Rows = json.loads(done.read_text())
-        return found
     common = ["--data", data, "--seed", str(seed)]
     small = [f"--set=data.{s}" for s in SMALL] if quick else []
     if epochs or quick:
         small.append(f"--set=pretrain.epochs={epochs or 2}")
+    settings = [s.removeprefix("--set=") for s in small]
+    configs = {preset: application(APP).configure(settings, preset=preset) for preset in NETS.values()}
+    kept.check(folder / "settings.json", configs, kept=folder.is_dir(), remove=f"remove {folder}")
+    if done.is_file():
+        found: Rows = json.loads(done.read_text())
+        return found
     for row in nets:
         call("pretrain", APP, "--preset", NETS[row], "--out", str(folder / row.replace(" ", "-")), *common, *small)
     models = [folder / row.replace(" ", "-") for row in nets]
