@@ -3,6 +3,7 @@
 One result file per cell (application, data, cell, seed) under ``runs/benchmarks/quality``; a repeated call resumes, and takes up
 a training that was interrupted where it stopped.
 Real data where FIELDFLEET_DATA has it, else generated data. The seed changes the held-out clients, generated data and batches.
+Where goals are set for these rows, it says which are met; the exit code is 1 where one is missed.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from applications.driver_attention.config import VIEWS
 from benchmarks import _kept as kept
+from benchmarks._goals import verdict
 from fieldfleet.evaluate import predict_checkpoint
 from fl_core.contracts import checkpoint as checkpoints
 from fl_core.contracts.errors import EnvironmentFault, ExitCode, InputError
@@ -31,6 +33,16 @@ from fl_core.storage import atomic
 RESULTS = Path("runs/benchmarks/quality")
 UNSEEN = "unseen_clients"
 T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # Student's t, two-sided 95 %, by degrees of freedom
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """The metric's mean over the seeds of ``row``, less that of ``above`` where one is given, is to be ``least`` or more."""
+
+    row: str
+    least: float
+    above: str = ""
+    metric: str = "roc_auc"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,7 @@ class Plan:
     presets: dict[str, str] = field(default_factory=dict)
     conditions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     written: bool = False
+    goals: tuple[Goal, ...] = ()
 
 
 STILL = "data.missing_kinematics=true"
@@ -69,6 +82,13 @@ PLANS = {
             "kinematics alone": (absent(*VIEWS),),
             "without kinematics": (STILL,),
         },
+        goals=(
+            Goal(row="pooled", least=0.95),
+            *(Goal(row=f"pooled, without {view}", least=0.90) for view in VIEWS),
+            *(Goal(row="pooled", above=f"pooled, {view} alone, no kinematics", least=0.03) for view in VIEWS),
+            Goal(row="pooled", above="pooled, kinematics alone", least=0.03),
+            Goal(row="pooled", above="floor: all, boosted trees", least=0.10),
+        ),
     ),
     "plant_disease": Plan(rounds=10),
     "plant_segmentation": Plan(rounds=20),
@@ -89,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--cells", nargs="*", help="only these: floor, pooled, federated, or a preset's row (default: all)"
     )
     args = parser.parse_args(arguments)
+    missed = 0
     for name in args.apps or (QUICK if args.quick else PLANS):
         plan = PLANS.get(name, Plan())
         cells = [c for c in ("floor", "pooled", *plan.presets, "federated") if not args.cells or c in args.cells]
@@ -96,8 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed in range(1 if args.quick else args.seeds):
             for cell in cells:
                 run_cell(name, cell, seed, plan, quick=args.quick)
-        print_table(name, quick=args.quick)
-    return 0
+        rows = print_table(name, quick=args.quick)
+        if not args.quick:
+            missed |= verdict(goals(rows, plan))
+    return missed
 
 
 def check_kept(name: str, plan: Plan, *, quick: bool) -> None:
@@ -240,7 +263,23 @@ def call(*arguments: str) -> dict[str, Any]:
     return document
 
 
-def print_table(name: str, *, quick: bool) -> None:
+def goals(rows: dict[str, list[dict[str, Any]]], plan: Plan) -> dict[str, bool]:
+    """What is asked -> whether it is met, of the rows that there are."""
+
+    def mean(row: str, metric: str) -> float:
+        return float(statistics.mean(seed[UNSEEN]["metrics"][metric] for seed in rows[row]))
+
+    found = {}
+    for goal in plan.goals:
+        if goal.row in rows and (not goal.above or goal.above in rows):
+            value = mean(goal.row, goal.metric) - (mean(goal.above, goal.metric) if goal.above else 0.0)
+            less = f" less {goal.above}" if goal.above else ""
+            found[f"{goal.metric} of {goal.row}{less} {value:.4f}, at least {goal.least}"] = value >= goal.least
+    return found
+
+
+def print_table(name: str, *, quick: bool) -> dict[str, list[dict[str, Any]]]:
+    """Returns row -> its groups of clients, a seed each."""
     files = sorted(RESULTS.glob(cell_file(name, "*", "*", quick=quick).name))
     cells = [json.loads(f.read_text()) for f in files]
     print(f"{name} on {cells[0]['data']}, {cells[0]['rounds']} rounds; mean ± half of the 95 % interval over the seeds")
@@ -258,6 +297,7 @@ def print_table(name: str, *, quick: bool) -> None:
                 f"  {group:28} {variant:34} n={found[0]['num_examples']:6} seeds={len(found)}  "
                 + "  ".join(f"{m} {interval(v)}" for m, v in values.items())
             )
+    return rows
 
 
 def interval(values: list[float]) -> str:
