@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fl_core.contracts.config import to_table
+from fl_core.contracts.config import dotted, to_table
 from fl_core.contracts.errors import InputError
 from fl_core.storage import atomic
 
@@ -24,18 +24,9 @@ def check(record: Path, configs: Mapping[str, Any], *, kept: bool, remove: str) 
         atomic.write_json(record, now)
         return
     then = json.loads(record.read_text(encoding="utf-8"))
-    for key, value in leaves(now):
-        before = dict(leaves(then)).get(key, "nothing")
+    for key, value in dotted(now):
+        before = dict(dotted(then)).get(key, "nothing")
         if before != value:
             raise InputError(
                 f"what is kept beside {record} was made with {key} = {before}, which is {value} now", remedy=remove
             )
-
-
-def leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of each setting."""
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

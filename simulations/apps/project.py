@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fl_core.contracts.config import read_toml
+from fl_core.contracts.config import dotted, read_toml
 from fl_core.contracts.errors import FieldfleetError, InputError
 from fl_core.flower.adapter import apps as adapter
 
@@ -83,7 +83,7 @@ def _remedy(error: BaseException) -> str:
 def _overrides(items: list[str]) -> Iterable[tuple[str, Any]]:
     for item in items:
         if item.endswith(".toml") and "=" not in item:
-            yield from _flat(read_toml(Path(item)))
+            yield from dotted(read_toml(Path(item)))
             continue
         key, equals, raw = item.partition("=")
         if not equals or not key.strip():
@@ -92,14 +92,6 @@ def _overrides(items: list[str]) -> Iterable[tuple[str, Any]]:
             yield key.strip(), tomllib.loads(f"v = {raw.strip()}")["v"]
         except tomllib.TOMLDecodeError:
             yield key.strip(), raw.strip()
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _like(defaults: Mapping[str, Any], key: str, value: Any, folder: Path) -> Any:
