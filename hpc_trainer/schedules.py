@@ -13,7 +13,7 @@ def learning_rate(config: PretrainConfig, base: float, step: int, total: int) ->
     ``base`` is the rate at ``pretrain.lr_batch_size`` where that is given, and scaled to the batch first.
     """
     peak = base * batch_scale(config)
-    warmup = int(config.warmup_fraction * total)
+    warmup = warmup_steps(config, total)
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - warmup)
@@ -22,6 +22,11 @@ def learning_rate(config: PretrainConfig, base: float, step: int, total: int) ->
     if config.schedule == "polynomial":
         return peak * math.pow(1 - progress, config.power)
     return peak
+
+
+def warmup_steps(config: PretrainConfig, total: int) -> int:
+    """``pretrain.warmup_fraction`` of all steps; with little data ``pretrain.warmup_steps``, or half of all where that is less."""
+    return max(int(config.warmup_fraction * total), min(config.warmup_steps, total // 2))
 
 
 def batch_scale(config: PretrainConfig) -> float:

@@ -164,6 +164,9 @@ class PretrainConfig:
     schedule: str = choice("cosine", "constant", "cosine", "polynomial")
     power: float = number(1.0, low=0.0, high=10.0, help="of the polynomial schedule")
     warmup_fraction: float = number(0.05, low=0.0, high=0.9)
+    warmup_steps: int = number(
+        0, low=0, help="warm-up of at least so many steps, or of half of all where these are fewer"
+    )
     average_last: float = number(0.0, low=0.0, high=1.0, help="fraction of the last epochs whose weights are averaged")
     checkpoint_every: int = number(1, low=1, help="epochs")
     checkpoint_steps: int = number(0, low=0, help="steps between checkpoints inside an epoch; 0 = none")
