@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +211,10 @@ def test_kill_at_any_moment_leaves_a_readable_checkpoint(tmp_path: Path) -> None
         )
         assert process.stdout is not None
         assert process.stdout.readline()  # one save is complete
-        time.sleep(float(rng.uniform(0, 0.05)))  # anywhere within the next ones
+        with pytest.raises(subprocess.TimeoutExpired):  # it goes on saving; killed anywhere within the next ones
+            process.wait(timeout=float(rng.uniform(0, 0.05)))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         process.stdout.close()
         for path in (out, out / "same"):
             found = checkpoints.load(path, with_state=True)
