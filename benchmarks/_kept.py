@@ -12,21 +12,27 @@ from fl_core.contracts.errors import InputError
 from fl_core.storage import atomic
 
 
-def check(record: Path, configs: Mapping[str, Any], *, kept: bool, remove: str) -> None:
-    """configs: name -> configuration, which ``record`` (JSON) holds beside the results. ``kept``: whether there are any yet.
+def check(folder: Path, configs: Mapping[str, Any]) -> None:
+    """configs: name -> configuration of what lies in ``folder``, which keeps them in ``settings.json``.
 
-    Raises InputError, which names a setting and says what to ``remove``, for results of others: presets change.
+    A setting that did not exist then counts as its default. Raises InputError, which names a setting, for a folder of
+    others (presets change), and for one that does not say.
     """
-    now = json.loads(json.dumps({name: to_table(config) for name, config in configs.items()}))
+    record = folder / "settings.json"
+    remedy = f"remove {folder}"
     if not record.is_file():
-        if kept:
-            raise InputError(f"{record} is missing: what is kept there is of settings not known", remedy=remove)
-        atomic.write_json(record, now)
-        return
-    then = json.loads(record.read_text(encoding="utf-8"))
-    for key, value in dotted(now):
-        before = dict(dotted(then)).get(key, "nothing")
-        if before != value:
-            raise InputError(
-                f"what is kept beside {record} was made with {key} = {before}, which is {value} now", remedy=remove
-            )
+        if folder.is_dir():
+            raise InputError(f"{record} is missing: what is kept there is of settings not known", remedy=remedy)
+        then = {}
+    else:
+        then = json.loads(record.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps({name: to_table(config) for name, config in configs.items()}))
+    for name in then.keys() & now.keys():
+        before, after = dict(dotted(then[name])), dict(dotted(now[name]))
+        chosen = dict(dotted(to_table(configs[name], chosen=True)))
+        for key in sorted(before.keys() | (after.keys() & chosen.keys())):
+            was, is_now = before.get(key, "nothing"), after.get(key, "nothing")
+            if was != is_now:
+                raise InputError(f"{folder} was made with {name}: {key} = {was}, which is {is_now} now", remedy=remedy)
+    if now.keys() - then.keys():
+        atomic.write_json(record, {**then, **now})

@@ -90,9 +90,7 @@ def generated() -> Leaves:
 def cell(raw: Leaves, row: str, seed: int, work: Path, settings: Sequence[str]) -> Row:
     done = work / f"{row.replace(' ', '-')}.json"
     config = APPLICATION.configure([*EVERYTHING, *settings], preset=PRESET)
-    kept.check(
-        work / "settings.json", {PRESET: config}, kept=work.is_dir(), remove=f"remove {work}, or give another --out"
-    )
+    kept.check(work, {PRESET: config})
     if not done.is_file():
         parts = split(raw, seed)
         for name, leaves in parts.items():

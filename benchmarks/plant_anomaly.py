@@ -73,7 +73,7 @@ def measured(folder: str, site: str, seed: int, *, quick: bool) -> Rows:
     work = RESULTS / ("quick" if quick else Path(folder).name) / f"{site}-{seed}"
     done = work / "rows.json"
     config: Config = APPLICATION.configure(SMALL if quick else (), preset="leaves")
-    kept.check(work / "settings.json", {"leaves": config}, kept=work.is_dir(), remove=f"remove {work}")
+    kept.check(work, {"leaves": config})
     if done.is_file():
         found: Rows = json.loads(done.read_text())
         return found

@@ -121,10 +121,7 @@ class Cell:
 
     def rows(self, cells: Sequence[str]) -> Rows:
         found: Rows = {}
-        config = APPLICATION.configure(self.settings)
-        kept.check(
-            self.work / "settings.json", {"default": config}, kept=self.work.is_dir(), remove=f"remove {self.work}"
-        )
+        kept.check(self.work, {"default": APPLICATION.configure(self.settings)})
         self.check_features()
         for cell in cells:
             if cell == "gradients":

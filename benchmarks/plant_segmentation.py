@@ -76,7 +76,7 @@ def measured(part: str, data: str, seed: int, *, quick: bool) -> Rows:
     done = work / "rows.json"
     settings = [*SETTINGS[part], *(SMALL if quick else ())]
     config = application(APP).configure(settings, preset=PRESETS[part])
-    kept.check(work / "settings.json", {PRESETS[part]: config}, kept=work.is_dir(), remove=f"remove {work}")
+    kept.check(work, {PRESETS[part]: config})
     if done.is_file():
         found: Rows = json.loads(done.read_text())
         return found

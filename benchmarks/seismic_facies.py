@@ -66,7 +66,7 @@ def measured(data: str, seed: int, epochs: int, nets: list[str], *, quick: bool)
         small.append(f"--set=pretrain.epochs={epochs or 2}")
     settings = [s.removeprefix("--set=") for s in small]
     configs = {preset: application(APP).configure(settings, preset=preset) for preset in NETS.values()}
-    kept.check(folder / "settings.json", configs, kept=folder.is_dir(), remove=f"remove {folder}")
+    kept.check(folder, configs)
     if done.is_file():
         found: Rows = json.loads(done.read_text())
         return found

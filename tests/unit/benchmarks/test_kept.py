@@ -14,37 +14,53 @@ from fl_core.contracts.errors import InputError
 
 
 def test_results_of_other_settings_are_refused_by_the_key_that_changed(tmp_path: Path) -> None:
-    record = tmp_path / "settings.json"
-    first = {"default": APPLICATION.configure()}
+    folder, first = tmp_path / "results", {"default": APPLICATION.configure()}
+    kept.check(folder, first)
+    kept.check(folder, first)
+    before = (folder / "settings.json").read_bytes()
+    with pytest.raises(InputError, match=r"default: pretrain\.epochs = \d+, which is 3 now") as refused:
+        kept.check(folder, {"default": APPLICATION.configure(["pretrain.epochs=3"])})
+    assert str(folder) in str(refused.value.remedy)
+    assert (folder / "settings.json").read_bytes() == before
     with pytest.raises(InputError, match="settings not known"):
-        kept.check(record, first, kept=True, remove="remove it")
-    kept.check(record, first, kept=False, remove="remove it")
-    kept.check(record, first, kept=True, remove="remove it")
-    before = record.read_bytes()
-    other = {"default": APPLICATION.configure(["pretrain.epochs=3"])}
-    with pytest.raises(InputError, match=r"default\.pretrain\.epochs = \d+, which is 3 now") as refused:
-        kept.check(record, other, kept=True, remove="remove that folder")
-    assert refused.value.remedy == "remove that folder"
-    with pytest.raises(InputError, match=r"twin\.\S+ = nothing"):
-        kept.check(record, {**first, "twin": APPLICATION.configure()}, kept=True, remove="remove it")
-    assert record.read_bytes() == before
+        kept.check(tmp_path, first)
+
+
+def test_a_setting_that_is_new_counts_as_its_default_and_one_that_is_gone_as_another(tmp_path: Path) -> None:
+    folder, first = tmp_path / "results", {"default": APPLICATION.configure()}
+    kept.check(folder, first)
+    record = folder / "settings.json"
+    table = json.loads(record.read_text())
+    del table["default"]["pretrain"]["warmup_steps"]
+    record.write_text(json.dumps(table))
+    kept.check(folder, first)
+    with pytest.raises(InputError, match=r"pretrain\.warmup_steps = nothing, which is 9 now"):
+        kept.check(folder, {"default": APPLICATION.configure(["pretrain.warmup_steps=9"])})
+    table["default"]["pretrain"]["gone"] = 1
+    record.write_text(json.dumps(table))
+    with pytest.raises(InputError, match=r"pretrain\.gone = 1, which is nothing now"):
+        kept.check(folder, first)
+
+
+def test_another_preset_beside_is_taken_in(tmp_path: Path) -> None:
+    folder, first = tmp_path / "results", {"default": APPLICATION.configure()}
+    kept.check(folder, first)
+    kept.check(folder, {"twin": APPLICATION.configure(["pretrain.epochs=3"])})
+    assert set(json.loads((folder / "settings.json").read_text())) == {"default", "twin"}
+    with pytest.raises(InputError, match=r"twin: pretrain\.epochs = 3"):
+        kept.check(folder, {"twin": APPLICATION.configure(["pretrain.epochs=4"])})
 
 
 def test_quality_refuses_cells_of_another_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "RESULTS", tmp_path)
     monkeypatch.setattr(quality, "run_cell", lambda *given, **named: None)
     monkeypatch.setattr(quality, "print_table", lambda *given, **named: None)
-    assert quality.main(["--quick", "--apps", "toy_regression"]) == 0
-    record = tmp_path / "toy_regression-quick.settings.json"
-    cell = tmp_path / "toy_regression-quick-floor-0.json"
-    assert record.is_file()
-    cell.write_text("{}")
-    assert quality.main(["--quick", "--apps", "toy_regression"]) == 0
+    quick = ["--quick", "--apps", "toy_regression"]
+    assert quality.main(quick) == 0
+    assert quality.main(quick) == 0
+    record = tmp_path / "toy_regression-quick" / "settings.json"
     table = json.loads(record.read_text())
     table["default"]["pretrain"]["epochs"] += 1
     record.write_text(json.dumps(table))
-    with pytest.raises(InputError, match=r"default\.pretrain\.epochs"):
-        quality.main(["--quick", "--apps", "toy_regression"])
-    record.unlink()
-    with pytest.raises(InputError, match="not known"):
-        quality.main(["--quick", "--apps", "toy_regression"])
+    with pytest.raises(InputError, match=r"default: pretrain\.epochs"):
+        quality.main(quick)

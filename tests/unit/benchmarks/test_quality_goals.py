@@ -8,11 +8,11 @@ from benchmarks import quality
 from benchmarks.quality import UNSEEN, Goal, Plan
 
 
-def row(*values: float) -> list[dict[str, Any]]:
-    return [{UNSEEN: {"num_examples": 10, "metrics": {"roc_auc": v}}} for v in values]
+def row(**values: float) -> dict[int, dict[str, Any]]:
+    return {int(seed[1:]): {UNSEEN: {"num_examples": 10, "metrics": {"roc_auc": v}}} for seed, v in values.items()}
 
 
-def test_goals_compare_means_and_leave_out_what_is_not_there() -> None:
+def test_goals_compare_the_seeds_that_rows_share_and_leave_out_what_is_not_there() -> None:
     plan = Plan(
         goals=(
             Goal(row="pooled", least=0.95),
@@ -21,10 +21,10 @@ def test_goals_compare_means_and_leave_out_what_is_not_there() -> None:
             Goal(row="federated", least=0.5),
         )
     )
-    rows = {"pooled": row(0.94, 0.98), "floor": row(0.85, 0.89)}
+    rows = {"pooled": row(s0=0.94, s1=0.98), "floor": row(s1=0.89, s2=0.1)}
     assert quality.goals(rows, plan) == {
-        "roc_auc of pooled 0.9600, at least 0.95": True,
-        "roc_auc of pooled less floor 0.0900, at least 0.1": False,
+        "roc_auc of pooled 0.9600, at least 0.95, 2 seeds": True,
+        "roc_auc of pooled less floor 0.0900, at least 0.1, 1 seeds": False,
     }
     assert quality.goals({}, plan) == {}
 
