@@ -142,19 +142,14 @@ def rear(
     canvas: Canvas, deep: Array, sideways: Array, grey: Array, tall: Array, lit: Array, scene: Scene, look: Look, view: Pinhole
 ) -> None:  # fmt: skip
     """The back of a vehicle ``deep`` m ahead, its middle ``sideways`` m to the left of ours."""
-    there = ((deep > 1.0) & (deep < 150.0)).astype(float)
+    there = (deep > 1.0) & (deep < 150.0)
     z = np.clip(deep, 1.0, 150.0)
     u = view.column(sideways - scene.heading * z + scene.curvature * z**2 / 2, z)
     half = view.focal * HALF / z
     low = np.minimum(tall, 2.0)  # lamps and windows of the taller ones sit where those of vans do
-
-    def board(wide: float, bottom: Array | float, top: Array, shade: Array | float, shown: Array) -> None:
-        cover = canvas.box(u - wide * half, u + wide * half, view.row(top, z), view.row(bottom, z))
-        canvas.blend(cover * column(shown), shade if isinstance(shade, float) else column(shade))
-
-    board(1.0, 0.0, tall, grey, there)
-    board(0.8, 0.58 * low, 0.9 * low, 40.0, there * (tall < WINDOWS_UP_TO))
-    board(1.0, 0.0, 0.12 * low, 18.0, there)
+    canvas.board(view, z, u, WIDTH, 0.0, tall, grey, there)
+    canvas.board(view, z, u, 0.8 * WIDTH, 0.58 * low, 0.9 * low, 40.0, there & (tall < WINDOWS_UP_TO))
+    canvas.board(view, z, u, WIDTH, 0.0, 0.12 * low, 18.0, there)
     glow = np.where(lit, 255.0, np.where(look.night, 140.0, 0.7 * grey + 30.0))
     for sign in (-1.0, 1.0):
         at, high = view.row(0.42 * low, z), 0.12 * view.focal * low / z
@@ -181,19 +176,14 @@ def side(scene: Scene, look: Look, around: Scenery, car: Vehicle, canvas: Canvas
     )
     canvas.blend(rail * np.where(post, 0.9, 0.5), column(0.8 * look.verge))
     near = scene.beside_y - scene.y - WIDTH
-    there = ((scene.beside_x < FAR / 2) & (near > -HALF)).astype(np.float32)
+    there = (scene.beside_x < FAR / 2) & (near > -HALF)
     z = np.clip(near, 0.15, 10.0)
     x = scene.beside_x - 0.5
-    left, right = view.column(-(x - LENGTH / 2), z), view.column(-(x + LENGTH / 2), z)
     a_car, low = look.beside_tall < 1.8, np.minimum(look.beside_tall, 2.0)
     body = np.where(a_car, 0.65 * low, look.beside_tall)  # a car's windows are set back, the walls of a van are not
-    canvas.blend(
-        canvas.box(left, right, view.row(body, z), view.row(0.1 * low, z)) * column(there), column(look.beside)
-    )
-    roof = canvas.box(
-        left + 0.22 * (right - left), right - 0.18 * (right - left), view.row(low, z), view.row(0.6 * low, z)
-    )
-    canvas.blend(roof * column(there * a_car), 45.0)
+    canvas.board(view, z, view.column(-x, z), LENGTH, 0.1 * low, body, look.beside, there)
+    roof = view.column(-(x + 0.02 * LENGTH), z)  # its windscreen leans more than its rear window
+    canvas.board(view, z, roof, 0.6 * LENGTH, 0.6 * low, low, 45.0, there & a_car)
     for place in (-1.35, 1.35):
         middle = view.column(-(x + place), z)
         wheel = canvas.ellipse(middle, view.row(0.3, z), view.focal * 0.33 / z, view.focal * 0.32 / z)

@@ -71,6 +71,15 @@ class Canvas:
         found: Image = cover * (np.abs(self.u - column(u)) < a + self.soft)  # soft at its edge, not along a flat one
         return found
 
+    def board(
+        self, view: Pinhole, away: Array, at: Array, wide: Array | float, low: Array | float, high: Array | float,
+        grey: Array | float, there: npt.NDArray[Any] | bool = True,
+    ) -> None:  # fmt: skip
+        """An upright board ``away`` m from the camera, ``wide`` m across around column ``at``, from ``low`` to ``high`` m above the road."""
+        half = view.focal * wide / (2 * away)
+        cover = self.box(at - half, at + half, view.row(high, away), view.row(low, away))
+        self.blend(cover * column(there), column(grey))
+
     def finished(self, gain: Array, noise: float, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
         grain = rng.standard_normal(self.image.shape, dtype=np.float32) * np.float32(noise)
         made: npt.NDArray[np.uint8] = np.clip(self.image * column(gain) + grain, 0, 255).astype(np.uint8)

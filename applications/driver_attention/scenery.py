@@ -105,20 +105,16 @@ def ahead(canvas: Canvas, around: Scenery, scene: Scene, night: Mask, view: Pinh
         aside: Array | float,
         wide: Array | float,
         low: float,
-        tall: Array | float,
+        high: Array | float,
         grey: Array,
-        there: Mask,
+        there: Mask | bool = True,
     ) -> None:
         shown = there & (away > NEAREST_M) & (away < FARTHEST_M)
         z = np.clip(away, NEAREST_M, FARTHEST_M)
         at = view.column(aside - scene.y - scene.heading * z + scene.curvature * z**2 / 2, z)
-        half = view.focal * wide / (2 * z)
-        canvas.blend(
-            canvas.box(at - half, at + half, view.row(tall, z), view.row(low, z)) * column(shown), column(grey)
-        )
+        canvas.board(view, z, at, wide, low, high, grey, shown)
 
-    over = around.gantry - scene.travelled
-    board(over, 0.0, 11 * LANE, 5.2, 6.8, around.gantry_grey, over > 0)
+    board(around.gantry - scene.travelled, 0.0, 11 * LANE, 5.2, 6.8, around.gantry_grey)
     for side in (RIGHT, LEFT):
         aside, wide, tall, grey, spacing = (
             x[:, side] for x in (around.aside, around.wide, around.tall, around.grey, around.spacing)
@@ -135,35 +131,18 @@ def ahead(canvas: Canvas, around: Scenery, scene: Scene, night: Mask, view: Pinh
 
 def beside(canvas: Canvas, around: Scenery, scene: Scene, night: Mask, view: Pinhole) -> None:
     """The same on the left as the camera to that side sees it pass."""
-
-    def passing(
-        aside: Array | float,
-        along: Array,
-        long: Array | float,
-        low: float,
-        tall: Array | float,
-        grey: Array,
-        there: Mask,
-    ) -> None:
-        z = aside - scene.y - WIDTH / 2
-        at, half = view.column(-along, z), view.focal * long / (2 * z)
-        canvas.blend(
-            canvas.box(at - half, at + half, view.row(tall, z), view.row(low, z)) * column(there), column(grey)
-        )
-
-    spacing = around.spacing[:, LEFT]
-    along = (around.first[:, LEFT] - scene.travelled + spacing / 2) % spacing - spacing / 2
-    passing(
-        around.aside[:, LEFT],
-        along,
-        around.wide[:, LEFT],
-        0.0,
-        around.tall[:, LEFT],
-        around.grey[:, LEFT],
-        around.stands[:, LEFT],
+    mirror = scene.y + WIDTH / 2
+    aside, wide, tall, grey, first, spacing = (
+        x[:, LEFT] for x in (around.aside, around.wide, around.tall, around.grey, around.first, around.spacing)
     )
+    z = aside - mirror
+    at = view.column(-nearest_to_us(first - scene.travelled, spacing), z)
+    canvas.board(view, z, at, wide, 0.0, tall, grey, around.stands[:, LEFT])
     place, gaps = around.comes_at(scene)
-    passing(ACROSS, (place + gaps / 2) % gaps - gaps / 2, LENGTH, 0.3, 1.4, body(around, night), around.gaps > 0)
+    z = ACROSS - mirror
+    canvas.board(
+        view, z, view.column(-nearest_to_us(place, gaps), z), LENGTH, 0.3, 1.4, body(around, night), around.gaps > 0
+    )
 
 
 def body(around: Scenery, night: Mask) -> Array:
@@ -174,4 +153,10 @@ def body(around: Scenery, night: Mask) -> Array:
 def after(place: Array, spacing: Array) -> Array:
     """(m,): the first of the places ``place`` + k ``spacing`` that is NEAREST_M ahead or more."""
     found: Array = place + np.ceil((NEAREST_M - place) / spacing) * spacing
+    return found
+
+
+def nearest_to_us(place: Array, spacing: Array) -> Array:
+    """(m,): of the places ``place`` + k ``spacing`` the one nearest to our middle."""
+    found: Array = (place + spacing / 2) % spacing - spacing / 2
     return found
