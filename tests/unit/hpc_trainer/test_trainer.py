@@ -89,6 +89,9 @@ def check_world(specs: list[dict[str, Any]], world: int, tmp_path: Path) -> None
 # batches of one is chaotic, and rounding grows a thousandfold every few steps.
 PLAIN = ("optimizer.name=sgd", "optimizer.momentum=0.5", "optimizer.lr=0.001", "optimizer.clip_norm=0")
 ADAMW = ("optimizer.name=adamw", "optimizer.lr=0.01", "optimizer.clip_norm=0.5")
+# Start weights moved by one unit in the last place, one process: 30 steps of AdamW carry that to 1.3e-12 to 3.1e-12 with
+# the preset's 0.4, past the bound that the worlds are held to; with 0.2 to 0.6e-12 to 1.1e-12.
+STEADY = {"plant_segmentation": ("data.colour=0.2",)}
 
 
 @pytest.mark.timeout(300)
@@ -103,7 +106,8 @@ def test_two_processes_train_the_same_model_in_float64(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_every_application_trains_the_same_model_at_any_world(name: str, world: int, tmp_path: Path) -> None:
-    check_world([specification(name, *PLAIN, steps=30), specification(name, *ADAMW, steps=30)], world, tmp_path)
+    optimizers = (PLAIN, ADAMW)
+    check_world([specification(name, *o, *STEADY.get(name, ()), steps=30) for o in optimizers], world, tmp_path)
 
 
 @pytest.mark.timeout(300)
