@@ -32,6 +32,15 @@ class ModelConfig:
         2.0, low=0.0, high=1e3, help="of the heat in the score, beside 1 of each bottleneck channel"
     )
     error_weight: float = number(2.0, low=0.0, high=1e3, help="of the reconstruction's error in the score")
+    heat_sharpness: float = number(
+        1.0, low=0.1, high=100.0, help="of the heat's smooth maximum: 1 sums up many pixels, 100 is the hottest one"
+    )
+    evidence_margin: float = number(
+        0.0,
+        low=0.0,
+        high=10.0,
+        help="standard deviations below the healthy plants' mean from which heat and error count upwards",
+    )
     latent_knee: float = number(
         0.75,
         low=0.01,

@@ -32,8 +32,8 @@ def colour_neighbours(config: Config, train: Examples, test: Examples, *, seed: 
     mean, spread = known.mean(0), known.std(0) + 1e-9
     known = (known - mean) / spread
     asked = (np.stack([colour_statistics(image) for image in test.inputs["image"]]) - mean) / spread
-    away = np.sqrt(((asked[:, None] - known[None]) ** 2).mean(-1))
-    score = np.sort(away, axis=1)[:, :NEIGHBOURS].mean(1)
+    away = (np.sqrt(((known - one) ** 2).mean(1)) for one in asked)  # one at a time: all at once take gigabytes
+    score = np.array([np.sort(distances)[:NEIGHBOURS].mean() for distances in away])
     pixels = healthy.inputs["image"][:, ::4, ::4].reshape(-1, 3).astype(np.float64)
     centre, precision = pixels.mean(0), np.linalg.inv(np.cov(pixels.T) + np.eye(3))
     off = test.inputs["image"].astype(np.float64) - centre

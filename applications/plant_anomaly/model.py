@@ -4,7 +4,7 @@ The latent vector holds the smooth maximum of the heat, the error of the reconst
 ``head`` whitens it by the mean and covariance of healthy plants: algorithm ``statistics_head`` with ``algorithm.head_rule =
 "whitening"`` computes them exactly, in one round, from sums that clients send. Until then it is the identity. The whitening is
 triangular, so that its first outputs are the heat, and what the heat leaves unexplained of the error: evidence, of which less than
-healthy plants have speaks for no disease and counts nothing. The bottleneck's part counts by its logarithm once it is as large as healthy
+healthy plants have speaks for no disease and counts nothing, or little within ``model.evidence_margin``. The bottleneck's part counts by its logarithm once it is as large as healthy
 plants make it: another place or light moves it further than a disease does.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from applications.plant_anomaly.config import Config
+from applications.plant_anomaly.config import Config, ModelConfig
 from applications.plant_anomaly.pipeline import EVIDENCE, latent_size
 from fl_core.learning.normalization import norm
 
@@ -64,12 +64,10 @@ class AnomalyNet(nn.Module):
 
     evidence: Tensor
 
-    def __init__(
-        self, width: int, blocks: int, latent: int, kind: str, size: int, weights: tuple[float, float], knee: float
-    ) -> None:
+    def __init__(self, m: ModelConfig, size: int) -> None:
         super().__init__()
-        self.knee = knee
-        w = (width, 2 * width, 4 * width)
+        self.knee, self.sharpness, self.margin = m.latent_knee, m.heat_sharpness, m.evidence_margin
+        w, kind, blocks, latent = (m.width, 2 * m.width, 4 * m.width), m.norm, m.blocks, m.latent
         self.first = layer(3, w[0], kind, 2)
         self.second = nn.Sequential(layer(w[0], w[1], kind, 2), *(Block(w[1], kind) for _ in range(blocks)))
         self.third = nn.Sequential(layer(w[1], w[2], kind, 2), *(Block(w[2], kind) for _ in range(blocks)))
@@ -85,8 +83,9 @@ class AnomalyNet(nn.Module):
         self.fine = nn.ConvTranspose2d(w[0], 1, 2, stride=2)
         self.coarse = nn.ConvTranspose2d(latent, 1, 8, stride=8)
         self.head = Whitening(size)
-        # one-sided normal variables have half of a variance: the mean square of a healthy plant's latent vector stays 1
-        scale = math.sqrt(size / (size - len(weights) + sum(weights) / 2))
+        # The mean square of a healthy plant's latent vector stays 1, whatever the weights and the margin.
+        weights = (m.heat_weight, m.error_weight)
+        scale = math.sqrt(size / (size - len(weights) + sum(weights) * one_sided(self.margin)))
         parts = torch.full((size,), scale)
         parts[: len(weights)] *= torch.tensor(weights).sqrt()
         self.register_buffer("evidence", parts, persistent=False)
@@ -102,17 +101,22 @@ class AnomalyNet(nn.Module):
         y = self.join_first(torch.cat([first, self.raise_first(y)], dim=1))
         heat = self.fine(y) + self.coarse(code)
         error = torch.log((reconstruction - x).abs().mean(dim=(1, 2, 3)) + 1e-3)
-        highest = torch.logsumexp(heat.flatten(1), dim=1) - math.log(heat.shape[2] * heat.shape[3])
+        pixels = heat.flatten(1)
+        highest = (torch.logsumexp(self.sharpness * pixels, dim=1) - math.log(pixels.shape[1])) / self.sharpness
         white = self.head(torch.cat([highest[:, None], error[:, None], code.mean(dim=(2, 3))], dim=1))
         code_part = white[:, EVIDENCE:]
         beyond = (code_part.square().mean(dim=1, keepdim=True) / self.knee).clamp(min=1.0)
         code_part = code_part * torch.sqrt((1 + torch.log(beyond)) / beyond)  # its square: the knee x (1 + log beyond)
-        latent = torch.cat([torch.relu(white[:, :EVIDENCE]), code_part], dim=1) * self.evidence
+        latent = torch.cat([torch.relu(white[:, :EVIDENCE] + self.margin), code_part], dim=1) * self.evidence
         return reconstruction, heat, latent
+
+
+def one_sided(margin: float) -> float:
+    """Mean square of max(0, z + margin) for a standard normal z: 1/2 without a margin."""
+    below = 0.5 * (1 + math.erf(margin / math.sqrt(2)))
+    return (1 + margin**2) * below + margin * math.exp(-0.5 * margin**2) / math.sqrt(2 * math.pi)
 
 
 def build_model(config: Config) -> nn.Module:
     torch.manual_seed(0)
-    m = config.model
-    weights = (m.heat_weight, m.error_weight)
-    return AnomalyNet(m.width, m.blocks, m.latent, m.norm, latent_size(config), weights, m.latent_knee)
+    return AnomalyNet(config.model, latent_size(config))

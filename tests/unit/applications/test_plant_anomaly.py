@@ -169,15 +169,19 @@ def test_the_whitening_of_one_round_is_that_of_all_healthy_plants_together(
     np.testing.assert_allclose(np.cov(white.T, bias=True), np.eye(size), atol=1e-3)
     assert np.mean(white**2) == pytest.approx(1.0, rel=0.02)
     weights = np.array([config.model.heat_weight, config.model.error_weight])
+    margin = config.model.evidence_margin
+    assert margin > 0
     squares = white**2
     squares[:, :2] = (
-        weights * np.maximum(white[:, :2], 0) ** 2
-    )  # less heat and error than healthy plants have is no evidence
+        weights * np.maximum(white[:, :2] + margin, 0) ** 2
+    )  # much less heat and error than healthy plants have is no evidence
+    z = np.linspace(-8, 8, 100_001)
+    share = np.trapezoid(np.maximum(z + margin, 0) ** 2 * np.exp(-0.5 * z**2), z) / np.sqrt(2 * np.pi)
     knee = config.model.latent_knee * (size - 2)
     rest = squares[:, 2:].sum(1)
     rest = np.where(rest > knee, knee * (1 + np.log(np.maximum(rest, knee) / knee)), rest)  # unusual is not yet sick
     assert (rest < squares[:, 2:].sum(1)).any()
-    expected = (squares[:, :2].sum(1) + rest) / (size - 2 + weights.sum() / 2)
+    expected = (squares[:, :2].sum(1) + rest) / (size - 2 + weights.sum() * share)
     np.testing.assert_allclose(pipeline.distance(healthy) ** 2, expected, rtol=2e-3, atol=2e-3)
 
     made.write(tmp_path / "d")
@@ -188,6 +192,27 @@ def test_the_whitening_of_one_round_is_that_of_all_healthy_plants_together(
     assert set(report["above"]) >= {"healthy", "sick", "sick: blight"}
     assert all((tmp_path / "out" / n).stat().st_size > 10_000 for n in ("latent.png", "heat.png", "report.html"))
     assert detect.main([*command[:-1], "1.5"]) == 2
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 3.0, 100.0])
+def test_the_smooth_maximum_of_the_heat_by_its_plain_formula(sharpness: float) -> None:
+    config = APPLICATION.configure((*SMALL, f"model.heat_sharpness={sharpness}"))
+    model = APPLICATION.build_model(config).double().eval()
+    vectors: list[torch.Tensor] = []
+    model.head.register_forward_pre_hook(lambda _, given: vectors.append(given[0]))
+    side = config.data.image_size
+    pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        heat = 10 * model(torch.from_numpy(pictures))[1].flatten(1)
+        model.fine.weight *= 10
+        model.fine.bias *= 10
+        model.coarse.weight *= 10
+        model.coarse.bias *= 10
+        model(torch.from_numpy(pictures))
+    wide = heat.numpy().astype(np.longdouble)  # whose exponentials do not overflow
+    plain = [float(np.log(np.mean(np.exp(sharpness * row)))) / sharpness for row in wide]
+    np.testing.assert_allclose(vectors[-1][:, 0].numpy(), plain, rtol=1e-9)
+    assert (np.ptp(heat.numpy(), axis=1) > 0.5).all(), "flat heat has one maximum at any sharpness"
 
 
 def test_the_large_preset_is_large_and_its_memory_is_known() -> None:
