@@ -25,10 +25,11 @@ from fl_core.contracts.config import to_table
 from fl_core.contracts.errors import ConfigError
 from fl_core.contracts.manifests import MANIFEST_NAME, BundleManifest, to_json
 from fl_core.learning.application import Application, application
+from fl_core.learning.examples import Examples
 from fl_core.learning.torch_arrays import predict, set_arrays
 from fl_core.runtime.golden import FP32, Golden, golden_check, write_golden
 from fl_core.runtime.machine import cpu_flags
-from fl_core.runtime.parity import ParityReport
+from fl_core.runtime.parity import ParityReport, compare
 from fl_core.runtime.session import Session
 from fl_core.runtime.timing import measure
 from fl_core.storage import atomic
@@ -82,9 +83,25 @@ def build_reference(
     session = Session(path)
     outputs = session.run(drawn.check.inputs)
     report("parity")
-    parity = gates.check_fp32(predict(model, app, config, drawn.check), outputs, config.export.parity_tolerance)
+    parity = against_torch(model, app, config, drawn.check, outputs)
+    gates.check_fp32(parity, config.export.parity_tolerance)
     metric = gates.primary_metric(app, config, outputs, drawn.check)
     return Reference(path, session, outputs, metric, measure(session, drawn.golden.take(slice(0, 1)).inputs)), parity
+
+
+def against_torch(
+    model: torch.nn.Module, app: Application, config: Any, check: Examples, outputs: gates.Outputs
+) -> ParityReport:
+    """Of onnxruntime's outputs; ``model`` may be in float64 afterwards.
+
+    Where float32 torch is further off than ``export.parity_tolerance``, float64 torch is asked, at up to twenty times the work: its float32
+    convolutions may be the ones that round (oneDNN's: 1.2e-4 of plant_anomaly's reconstruction, where onnxruntime was 2.4e-6 off).
+    """
+    found = compare(predict(model, app, config, check), outputs)
+    if found.relative_max <= config.export.parity_tolerance:
+        return found
+    exact = compare(predict(model.double(), app, config, check), outputs)
+    return min(found, exact, key=lambda report: report.relative_max)
 
 
 def build_one(

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import Tensor, nn
 
-from edge_export.export import export_checkpoint
+from edge_export.export import against_torch, export_checkpoint
 from fieldfleet.__main__ import main
 from fl_clients.edge.slots import current_bundle
 from fl_clients.edge.updater import update
@@ -103,6 +105,31 @@ def test_a_missed_parity_leaves_nothing(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(GoalMissed, match="parity"):
         export_checkpoint(toy, tmp_path / "bundle", overrides=["export.parity_tolerance=0.0"])
     assert list(tmp_path.iterdir()) == []
+
+
+class Rounding(nn.Module):
+    """A model whose float32 kernels are ``error`` off."""
+
+    def __init__(self, model: nn.Module, error: float) -> None:
+        super().__init__()
+        self.model, self.error = model, error
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        made: Tensor = self.model(*inputs)
+        return made + (self.error if made.dtype == torch.float32 else 0.0)
+
+
+def test_torch_in_float64_decides_where_float32_torch_is_the_one_that_rounds() -> None:
+    app, config = small_config("toy_regression")
+    examples = app.generate(config, 11).examples(config)
+    exact = predict_torch(app.build_model(config).double(), app, config, examples)
+    scale = float(np.abs(exact["value"]).max())
+    outputs = {"value": exact["value"].astype(np.float32)}
+    report = against_torch(Rounding(app.build_model(config), 1e-3 * scale), app, config, examples, outputs)
+    assert report.relative_max < 1e-6
+    wrong = {"value": outputs["value"] + np.float32(1e-2 * scale)}
+    report = against_torch(Rounding(app.build_model(config), 1e-3 * scale), app, config, examples, wrong)
+    assert report.relative_max > 5e-3, "an export that is wrong stays wrong"
 
 
 def test_samples_may_come_from_the_operator(toy: Path, tmp_path: Path) -> None:
