@@ -4,8 +4,8 @@ The latent vector holds the smooth maximum of the heat, the error of the reconst
 ``head`` whitens it by the mean and covariance of healthy plants: algorithm ``statistics_head`` with ``algorithm.head_rule =
 "whitening"`` computes them exactly, in one round, from sums that clients send. Until then it is the identity. The whitening is
 triangular, so that its first outputs are the heat, and what the heat leaves unexplained of the error: evidence, of which less than
-healthy plants have speaks for no disease and counts nothing, or little within ``model.evidence_margin``. The bottleneck's part counts by its logarithm once it is as large as healthy
-plants make it: another place or light moves it further than a disease does.
+healthy plants have speaks for no disease and counts nothing, or little within ``model.evidence_margin``. The bottleneck's part counts by
+its logarithm once it is as large as healthy plants make it: another place or light moves it further than a disease does.
 """
 
 from __future__ import annotations

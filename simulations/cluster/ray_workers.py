@@ -42,12 +42,17 @@ class Actor:
 
         torch.set_num_threads(1)
         self._worker = make()
+        self._number = 0
 
-    def begin(self, job: bytes) -> None:
+    def begin(self, number: int, job: bytes) -> None:
         self._worker.begin(pickle.loads(job))  # noqa: S301 from the driver of this job
+        self._number = number
 
-    def run(self, unit: Unit) -> tuple[bytes, bytes]:
-        """The result, and apart from it the partial state."""
+    def run(self, number: int, unit: Unit) -> tuple[bytes, bytes]:
+        """The result, and apart from it the partial state. Raises RuntimeError where job ``number`` never came: nobody sees
+        ``begin`` fail, and whoever waits for that job's results would wait for ever."""
+        if number != self._number:
+            raise RuntimeError(f"job {number} did not reach this worker, which has job {self._number}")
         found = self._worker.run(unit)
         return packed(replace(found, state=None)), b"" if found.state is None else packed(found.state)
 
@@ -94,7 +99,7 @@ class RayWorkers(Workers):
         self._kind = ray.remote(num_cpus=1 if self.count <= cpus else cpus / self.count, max_restarts=0)(Actor)
         self._make = ray.put(make)
         self._merged = ray.remote(num_cpus=0)(merged)
-        self._job: Any = None
+        self._job: tuple[int, Any] | None = None  # its number and where it lies
         self._sums = False
         self._losses = 0
         self._actors = [self._start() for _ in range(self.count)]
@@ -125,16 +130,18 @@ class RayWorkers(Workers):
     def _start(self) -> Any:
         actor: Any = self._kind.options(scheduling_strategy="SPREAD").remote(self._make)
         if self._job is not None:
-            actor.begin.remote(self._job)
+            actor.begin.remote(*self._job)
         return actor
 
     def broadcast(self, job: Job) -> None:
-        self._job, self._sums = self._ray.put(packed(job)), job.kind == SUMS
+        self._job, self._sums = (job.number, self._ray.put(packed(job))), job.kind == SUMS
         for actor in self._actors:
-            actor.begin.remote(self._job)
+            actor.begin.remote(*self._job)
 
     def submit(self, worker: int, unit: Unit) -> None:
-        result, state = self._actors[worker].run.options(num_returns=2).remote(unit)
+        if self._job is None:
+            raise RuntimeError("a unit came before its job")
+        result, state = self._actors[worker].run.options(num_returns=2).remote(self._job[0], unit)
         self._pending[result] = worker, state
 
     def events(self, timeout: float) -> list[Done | Lost]:

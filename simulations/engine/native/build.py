@@ -33,17 +33,26 @@ SWITCH = "FIELDFLEET_KERNELS"
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """None where they are switched off, or cannot be built or loaded; the reason is in the log."""
-    if os.environ.get(SWITCH, "").lower() in ("off", "0", "no"):
+    if switched_off():
         return None
-    compiler = next((path for name in COMPILERS if (path := shutil.which(name))), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         log.info("no C compiler (%s): models train by torch operations alone", ", ".join(COMPILERS))
         return None
     try:
-        return ctypes.CDLL(str(built(compiler, cache_folder())))
+        return ctypes.CDLL(str(built(found, cache_folder())))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("the compiled kernels are not used: %s", said(error))
         return None
+
+
+def switched_off() -> bool:
+    return os.environ.get(SWITCH, "").lower() in ("off", "0", "no")
+
+
+def compiler() -> str | None:
+    """The path of the machine's C compiler."""
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 
 def built(compiler: str, cache: Path) -> Path:

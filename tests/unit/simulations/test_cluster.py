@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from fl_core.contracts.errors import EnvironmentFault, InputError
-from simulations.cluster.ray_workers import connect
+from fl_core.flower.messages import Request
+from simulations.cluster.ray_workers import Actor, connect, packed
+from simulations.engine.placement import Unit
+from simulations.engine.work import SUMS, Job, UnitResult
 from tests.helpers import ROOT, run_python
 
 
@@ -35,6 +39,29 @@ def test_a_cluster_that_cannot_be_reached_is_told_with_its_remedy() -> None:
     with pytest.raises(EnvironmentFault, match="not reachable: nobody there") as refused:
         connect(no_ray(ConnectionError("nobody there")), "ray://trainer:10001")
     assert "local:N" in refused.value.remedy
+
+
+def test_a_worker_that_did_not_take_a_job_says_so_and_runs_nothing_of_the_one_before() -> None:
+    class Recorder:
+        def begin(self, job: Job) -> None:
+            self.job = job
+
+        def run(self, unit: Unit) -> UnitResult:
+            return UnitResult(self.job.number, unit)
+
+    requests = [
+        Request(application="toy_regression", config={}, arrays={}, round=n, num_rounds=2, seed=0) for n in (1, 2)
+    ]
+    jobs = [Job(request.round, SUMS, request) for request in requests]
+    unit, actor = Unit(0, 0, ((0,),)), Actor(Recorder)
+    with pytest.raises(RuntimeError, match="job 1 did not reach this worker"):
+        actor.run(1, unit)
+    actor.begin(1, packed(jobs[0]))
+    assert pickle.loads(actor.run(1, unit)[0]).job == 1
+    with pytest.raises(pickle.UnpicklingError):
+        actor.begin(2, packed(jobs[1])[:-1] + b"?")
+    with pytest.raises(RuntimeError, match="job 2 did not reach this worker, which has job 1"):
+        actor.run(2, unit)
 
 
 @pytest.mark.slow

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
 from simulations.engine import native
-from tests.unit.simulations.engine.test_native import SMALL, TYPES, near, numbers, stack, stepped
+from tests.unit.simulations.engine.test_native import SMALL, TYPES, near, needs_compiler, numbers, stack, stepped
 
-pytestmark = pytest.mark.skipif(native.kernels() is None, reason="no C compiler here")
+pytestmark = needs_compiler
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 

@@ -21,10 +21,11 @@ from simulations.engine.native.whole import NotAChain, chain
 from simulations.engine.paths.sequential import SequentialPath
 from simulations.engine.paths.stacked import StackedPath
 from simulations.engine.program.compiler import Program
+from tests.unit.simulations.engine.test_native import needs_compiler
 from tests.unit.simulations.engine.test_paths import SIZES, compare, learner, run, tasks
 
 SHAPE = (3, 12)
-pytestmark = pytest.mark.skipif(native.kernels() is None, reason="no C compiler here")
+pytestmark = needs_compiler
 
 
 class Perceptron(nn.Module):
