@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:  # so that ``tests.helpers`` is importable however pytest was started
     sys.path.insert(0, str(ROOT))
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fieldfleet-cache-")  # what is measured here is not kept
+_CACHE = tempfile.TemporaryDirectory(prefix="fieldfleet-cache-")  # what is measured here is not kept
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests compare bits; two cores serve many processes
 
 from fl_core.contracts.offswitches import set_off_switches  # noqa: E402
