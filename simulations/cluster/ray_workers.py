@@ -42,17 +42,24 @@ class Actor:
 
         torch.set_num_threads(1)
         self._worker = make()
-        self._number = 0
+        self._number = 0  # jobs count from 1
+        self._fault = ""
 
     def begin(self, number: int, job: bytes) -> None:
-        self._worker.begin(pickle.loads(job))  # noqa: S301 from the driver of this job
-        self._number = number
+        """Nobody waits for this call: why it failed is told by the next unit."""
+        self._number, self._fault = number, ""
+        try:
+            self._worker.begin(pickle.loads(job))  # noqa: S301 from the driver of this job
+        except Exception as error:
+            self._fault = f"{type(error).__name__}: {error}"
 
     def run(self, number: int, unit: Unit) -> tuple[bytes, bytes]:
-        """The result, and apart from it the partial state. Raises RuntimeError where job ``number`` never came: nobody sees
-        ``begin`` fail, and whoever waits for that job's results would wait for ever."""
+        """The result, and apart from it the partial state. Raises RuntimeError where job ``number`` did not begin here: whoever
+        waits for its results would wait for ever."""
         if number != self._number:
             raise RuntimeError(f"job {number} did not reach this worker, which has job {self._number}")
+        if self._fault:
+            raise RuntimeError(f"job {number} did not begin: {self._fault}")
         found = self._worker.run(unit)
         return packed(replace(found, state=None)), b"" if found.state is None else packed(found.state)
 

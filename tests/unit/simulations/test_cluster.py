@@ -41,7 +41,7 @@ def test_a_cluster_that_cannot_be_reached_is_told_with_its_remedy() -> None:
     assert "local:N" in refused.value.remedy
 
 
-def test_a_worker_that_did_not_take_a_job_says_so_and_runs_nothing_of_the_one_before() -> None:
+def test_a_worker_that_did_not_take_a_job_says_why_and_runs_nothing_of_the_one_before() -> None:
     class Recorder:
         def begin(self, job: Job) -> None:
             self.job = job
@@ -58,10 +58,13 @@ def test_a_worker_that_did_not_take_a_job_says_so_and_runs_nothing_of_the_one_be
         actor.run(1, unit)
     actor.begin(1, packed(jobs[0]))
     assert pickle.loads(actor.run(1, unit)[0]).job == 1
-    with pytest.raises(pickle.UnpicklingError):
-        actor.begin(2, packed(jobs[1])[:-1] + b"?")
     with pytest.raises(RuntimeError, match="job 2 did not reach this worker, which has job 1"):
         actor.run(2, unit)
+    actor.begin(2, packed(jobs[1])[:-1] + b"?")
+    with pytest.raises(RuntimeError, match="job 2 did not begin: UnpicklingError"):
+        actor.run(2, unit)
+    actor.begin(2, packed(jobs[1]))
+    assert pickle.loads(actor.run(2, unit)[0]).job == 2
 
 
 @pytest.mark.slow
