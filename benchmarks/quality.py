@@ -96,7 +96,7 @@ PLANS = {
     "plant_disease": Plan(rounds=10),
     "plant_segmentation": Plan(rounds=20),
     "plant_anomaly": Plan(
-        rounds=400,
+        rounds=20,
         real="leaves",
         head=True,
         written=True,
@@ -183,11 +183,8 @@ def solved(name: str, model: Path, common: list[str], plan: Plan) -> Path:
     if not plan.head:
         return model
     target = model.with_name(f"{model.name}-head")
-    begin = ["--from", str(model), "--rounds", "1", "--out", str(target)]
-    call(
-        *("simulate", name, *begin, *common),
-        *("--set", "algorithm.name=statistics_head", "--set", "algorithm.clients_per_round=0"),
-    )
+    begin = ["--from", str(model), "--rounds", "1", "--set", "algorithm.name=statistics_head"]
+    call("simulate", name, *begin, "--out", str(target), *common)
     return target
 
 

@@ -140,13 +140,7 @@ def test_the_whitening_of_one_round_is_that_of_all_healthy_plants_together(
     """And the report of the model that comes out."""
     torch.set_num_threads(1)
     config = APPLICATION.configure(
-        [
-            *SMALL,
-            "algorithm.name=statistics_head",
-            "algorithm.clients_per_round=0",
-            "algorithm.head_shrinkage=0.0",
-            "algorithm.evaluate_every=0",
-        ]
+        [*SMALL, "algorithm.name=statistics_head", "algorithm.head_shrinkage=0.0", "algorithm.evaluate_every=0"]
     )
     found = simulate(APPLICATION, config, made, start=None, num_rounds=1, seed=0, out=tmp_path / "run")
     arrays = checkpoints.load(found.final).arrays
