@@ -6,7 +6,8 @@ travel in the bundle. All three are drawn evenly over the clients of the data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from fl_core.learning.examples import Examples
 CHECK_EXAMPLES = 2048
 CALIBRATION_SEED = 424_242
 CHECK_SEED = 424_243
+CLIENTS = 64  # of the generator, at first: more only where they hold too few examples
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,27 @@ def halves(examples: Examples, seed: int) -> tuple[Examples, Examples]:
     raise DataError("the calibration data holds a single group", remedy="give data of at least two clients or groups")
 
 
+def generated(application: Application, config: Any, seed: int, wanted: int) -> Examples:
+    """``wanted`` examples or more, of about as few clients as have them, of CLIENTS at least; fewer where all ``data.clients`` do.
+
+    A preset may generate hundreds of clients to learn from, many more than an export needs.
+    """
+    most: int = getattr(config.data, "clients", 0)
+    clients = min(most, CLIENTS)
+    while clients < most:
+        part = replace(config, data=replace(config.data, clients=clients))
+        examples = application.generate(part, seed).examples(part)
+        if len(examples) >= wanted:
+            return examples
+        clients = max(clients + 1, math.ceil(1.1 * clients * wanted / max(1, len(examples))))
+    return application.generate(config, seed).examples(config)
+
+
 def collect(application: Application, config: Any, calibration: Path | None) -> Samples:
     """Raises DataError when the data cannot be read or holds too few examples."""
     if calibration is None:
-        first = application.generate(config, CALIBRATION_SEED).examples(config)
-        second = application.generate(config, CHECK_SEED).examples(config)
+        first = generated(application, config, CALIBRATION_SEED, config.export.calibration_examples)
+        second = generated(application, config, CHECK_SEED, CHECK_EXAMPLES)
         origin = f"the generator of {application.name}"
     else:
         first, second = halves(application.read(calibration).examples(config), CALIBRATION_SEED)
