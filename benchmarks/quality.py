@@ -32,6 +32,7 @@ from fl_core.storage import atomic
 
 RESULTS = Path("runs/benchmarks/quality")
 UNSEEN = "unseen_clients"
+CENTRE_SHARE = 0.3  # of the training clients
 T_975 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78}  # Student's t, two-sided 95 %, by degrees of freedom
 
 
@@ -49,6 +50,9 @@ class Goal:
 class Plan:
     """rounds: of the federation; presets: further rows, pooled, row -> preset of the application; real: preset for recorded data.
 
+    long_centre: the pretraining before the federation, on CENTRE_SHARE of the clients, makes as many steps as one on all of them,
+    instead of as many passes.
+
     conditions: further rows of the pooled and the federated model, row -> overrides under which it is judged again.
     head: the last layer is then solved for by one round of ``statistics_head`` over the training clients.
     written: generated data are written once a seed, for a generator that takes longer than reading.
@@ -56,6 +60,7 @@ class Plan:
     """
 
     rounds: int = 20
+    long_centre: bool = False
     real: str = "default"
     head: bool = False
     presets: dict[str, str] = field(default_factory=dict)
@@ -97,6 +102,7 @@ PLANS = {
     "plant_segmentation": Plan(rounds=20),
     "plant_anomaly": Plan(
         rounds=20,
+        long_centre=True,
         real="leaves",
         head=True,
         written=True,
@@ -149,28 +155,40 @@ def check_kept(name: str, plan: Plan, *, quick: bool) -> None:
 
 
 def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> None:
-    """pooled: pretrain on all training clients. federated: pretrain on 30 % of them, federate the rest, export."""
+    """pooled: pretrain on all training clients. federated: pretrain on CENTRE_SHARE of them, federate the rest, export."""
     path = cell_file(name, cell, seed, quick=quick)
+    origin = GENERATED if quick else data_option(name)[1]
+    preset = plan.presets.get(cell, "default" if origin == GENERATED else plan.real)
+    made_by = {"rounds": 5 if quick else plan.rounds}
+    if cell == "federated" and plan.long_centre and not quick:
+        made_by["centre_epochs"] = round(application(name).configure(preset=preset).pretrain.epochs / CENTRE_SHARE)
     if path.is_file():
+        check_cell(path, cell, made_by)
         return
-    data = ["--data", GENERATED] if quick else data_option(name)
-    origin = data[1]
+    data = ["--data", origin]
     if plan.written and origin == GENERATED:
         data = ["--data", str(written(name, path.parent, seed))]
-    rounds = 5 if quick else plan.rounds
-    preset = plan.presets.get(cell, "default" if origin == GENERATED else plan.real)
     common = ["--seed", str(seed), *data, "--preset", preset, *(["--set", "pretrain.epochs=2"] if quick else [])]
     work = path.with_suffix("")
     work.mkdir(parents=True, exist_ok=True)
     if cell == "floor":
         found = floors(name, data[1], seed, preset=preset)
     elif cell == "federated":
-        found = federated(name, work, rounds, common, seed, plan)
+        found = federated(name, work, made_by, common, seed, plan)
     else:
         found = pooled(name, work, common, seed, cell, plan)
-    document = {"application": name, "seed": seed, "rounds": rounds, "data": origin, "variants": found}
+    document = {"application": name, "seed": seed, **made_by, "data": origin, "variants": found}
     atomic.write_json(path, document)
     shutil.rmtree(work)
+
+
+def check_cell(path: Path, cell: str, made_by: dict[str, int]) -> None:
+    """Raises InputError for a federated result that was kept with other rounds or another centre."""
+    kept_by = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("rounds", "centre_epochs") if cell == "federated" else ():
+        then, now = (m.get(key, "the preset's") for m in (kept_by, made_by))
+        if then != now:
+            raise InputError(f"{path} was made with {key} = {then}, which is {now} now", remedy=f"remove {path}")
 
 
 def pooled(name: str, out: Path, common: list[str], seed: int, row: str, plan: Plan) -> Variants:
@@ -188,9 +206,12 @@ def solved(name: str, model: Path, common: list[str], plan: Plan) -> Path:
     return target
 
 
-def federated(name: str, out: Path, rounds: int, common: list[str], seed: int, plan: Plan) -> Variants:
-    call("pretrain", name, "--out", str(out / "centre"), *common, "--set", "pretrain.client_share=0.3")
-    begin = ["--from", str(out / "centre"), "--rounds", str(rounds)]
+def federated(name: str, out: Path, made_by: dict[str, int], common: list[str], seed: int, plan: Plan) -> Variants:
+    centre_only = ["--set", f"pretrain.client_share={CENTRE_SHARE}"]
+    if "centre_epochs" in made_by:
+        centre_only += ["--set", f"pretrain.epochs={made_by['centre_epochs']}"]
+    call("pretrain", name, "--out", str(out / "centre"), *common, *centre_only)
+    begin = ["--from", str(out / "centre"), "--rounds", str(made_by["rounds"])]
     call("simulate", name, *begin, "--out", str(out / "global"), *common)
     centre, final = (solved(name, out / m, common, plan) for m in ("centre", "global"))
     if not (out / "bundle").is_dir():  # it is there as a whole, or not at all

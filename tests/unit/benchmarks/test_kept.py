@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,27 @@ def test_quality_refuses_cells_of_another_preset(tmp_path: Path, monkeypatch: py
     record.write_text(json.dumps(table))
     with pytest.raises(InputError, match=r"default: pretrain\.epochs"):
         quality.main(quick)
+
+
+def test_a_long_centre_makes_as_many_steps_as_a_training_on_all_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(quality, "RESULTS", tmp_path)
+    monkeypatch.delenv("FIELDFLEET_DATA", raising=False)
+    monkeypatch.setattr(quality, "call", lambda *given: calls.append(given) or {"groups": {}})
+    for plan, passes in ((quality.Plan(), None), (quality.Plan(long_centre=True), "pretrain.epochs=17")):
+        calls.clear()
+        monkeypatch.setattr(quality, "PLANS", {"toy_regression": plan})
+        (tmp_path / "toy_regression-generated").mkdir(exist_ok=True)
+        quality.run_cell("toy_regression", "federated", 0, plan, quick=False)
+        centre = next(c for c in calls if c[0] == "pretrain")
+        assert "pretrain.client_share=0.3" in centre
+        assert [s for s in centre if s.startswith("pretrain.epochs")] == ([passes] if passes else [])
+        quality.run_cell("toy_regression", "federated", 0, plan, quick=False)
+        with pytest.raises(InputError, match=r"federated-0\.json was made with rounds = 20, which is 7 now"):
+            quality.run_cell("toy_regression", "federated", 0, replace(plan, rounds=7), quick=False)
+        other = replace(plan, long_centre=not plan.long_centre)
+        with pytest.raises(InputError, match=r"was made with centre_epochs"):
+            quality.run_cell("toy_regression", "federated", 0, other, quick=False)
+        (tmp_path / "toy_regression-generated" / "federated-0.json").unlink()
