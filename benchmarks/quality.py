@@ -160,10 +160,11 @@ def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> Non
     origin = GENERATED if quick else data_option(name)[1]
     preset = plan.presets.get(cell, "default" if origin == GENERATED else plan.real)
     made_by = {"rounds": 5 if quick else plan.rounds}
-    if cell == "federated" and plan.long_centre and not quick:
-        made_by["centre_epochs"] = round(application(name).configure(preset=preset).pretrain.epochs / CENTRE_SHARE)
+    if cell == "federated":
+        made_by |= centre_settings(name, preset, plan, quick=quick)
     if path.is_file():
-        check_cell(path, cell, made_by)
+        if cell == "federated":
+            check_cell(path, made_by)
         return
     data = ["--data", origin]
     if plan.written and origin == GENERATED:
@@ -182,10 +183,17 @@ def run_cell(name: str, cell: str, seed: int, plan: Plan, *, quick: bool) -> Non
     shutil.rmtree(work)
 
 
-def check_cell(path: Path, cell: str, made_by: dict[str, int]) -> None:
+def centre_settings(name: str, preset: str, plan: Plan, *, quick: bool) -> dict[str, int]:
+    """Passes of the centre's training, where they are not the preset's."""
+    if quick or not plan.long_centre:
+        return {}
+    return {"centre_epochs": round(application(name).configure(preset=preset).pretrain.epochs / CENTRE_SHARE)}
+
+
+def check_cell(path: Path, made_by: dict[str, int]) -> None:
     """Raises InputError for a federated result that was kept with other rounds or another centre."""
     kept_by = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("rounds", "centre_epochs") if cell == "federated" else ():
+    for key in ("rounds", "centre_epochs"):
         then, now = (m.get(key, "the preset's") for m in (kept_by, made_by))
         if then != now:
             raise InputError(f"{path} was made with {key} = {then}, which is {now} now", remedy=f"remove {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -102,7 +103,6 @@ def test_a_broken_data_set_is_refused_by_name(tmp_path: Path, fault: str, monkey
 
 
 def test_frames_of_a_video_are_read_by_their_numbers(tmp_path: Path) -> None:
-    av = pytest.importorskip("av")
     with av.open(str(tmp_path / "v.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"

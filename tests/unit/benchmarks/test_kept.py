@@ -67,25 +67,49 @@ def test_quality_refuses_cells_of_another_preset(tmp_path: Path, monkeypatch: py
         quality.main(quick)
 
 
-def test_a_long_centre_makes_as_many_steps_as_a_training_on_all_clients(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[str, ...]] = []
+def test_a_long_centre_makes_as_many_steps_as_a_training_on_all_clients() -> None:
+    short, long = quality.Plan(), quality.Plan(long_centre=True)
+    passes = APPLICATION.configure().pretrain.epochs
+    assert quality.centre_settings("toy_regression", "default", short, quick=False) == {}
+    assert quality.centre_settings("toy_regression", "default", long, quick=True) == {}
+    made = quality.centre_settings("toy_regression", "default", long, quick=False)["centre_epochs"]
+    assert made * quality.CENTRE_SHARE == pytest.approx(passes, abs=quality.CENTRE_SHARE / 2)
+
+
+def test_federated_cells_of_other_rounds_or_another_centre_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "federated-0.json"
+    path.write_text('{"rounds": 20}')
+    quality.check_cell(path, {"rounds": 20})
+    with pytest.raises(InputError, match=r"federated-0\.json was made with rounds = 20, which is 7 now"):
+        quality.check_cell(path, {"rounds": 7})
+    with pytest.raises(InputError, match=r"made with centre_epochs = the preset's, which is 17 now"):
+        quality.check_cell(path, {"rounds": 20, "centre_epochs": 17})
+    path.write_text('{"rounds": 20, "centre_epochs": 17}')
+    quality.check_cell(path, {"rounds": 20, "centre_epochs": 17})
+    with pytest.raises(InputError, match=r"made with centre_epochs = 17, which is the preset's now"):
+        quality.check_cell(path, {"rounds": 20})
+
+
+@pytest.mark.slow
+def test_the_long_centre_is_trained_and_its_cell_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = quality.Plan(rounds=1, long_centre=True)
     monkeypatch.setattr(quality, "RESULTS", tmp_path)
     monkeypatch.delenv("FIELDFLEET_DATA", raising=False)
-    monkeypatch.setattr(quality, "call", lambda *given: calls.append(given) or {"groups": {}})
-    for plan, passes in ((quality.Plan(), None), (quality.Plan(long_centre=True), "pretrain.epochs=17")):
-        calls.clear()
-        monkeypatch.setattr(quality, "PLANS", {"toy_regression": plan})
-        (tmp_path / "toy_regression-generated").mkdir(exist_ok=True)
-        quality.run_cell("toy_regression", "federated", 0, plan, quick=False)
-        centre = next(c for c in calls if c[0] == "pretrain")
-        assert "pretrain.client_share=0.3" in centre
-        assert [s for s in centre if s.startswith("pretrain.epochs")] == ([passes] if passes else [])
-        quality.run_cell("toy_regression", "federated", 0, plan, quick=False)
-        with pytest.raises(InputError, match=r"federated-0\.json was made with rounds = 20, which is 7 now"):
-            quality.run_cell("toy_regression", "federated", 0, replace(plan, rounds=7), quick=False)
-        other = replace(plan, long_centre=not plan.long_centre)
-        with pytest.raises(InputError, match=r"was made with centre_epochs"):
-            quality.run_cell("toy_regression", "federated", 0, other, quick=False)
-        (tmp_path / "toy_regression-generated" / "federated-0.json").unlink()
+    trained: list[int] = []
+    real = quality.call
+
+    def call(*arguments: str) -> dict[str, object]:
+        found = real(*arguments)
+        if arguments[0] == "pretrain":
+            history = Path(arguments[arguments.index("--out") + 1]) / "history.jsonl"
+            trained.append(len(history.read_text().splitlines()))
+        return found
+
+    monkeypatch.setattr(quality, "call", call)
+    quality.run_cell("toy_regression", "federated", 0, plan, quick=False)
+    assert trained == [17], "5 passes in the preset, of 30 % of the clients"
+    kept_by = json.loads((tmp_path / "toy_regression-generated" / "federated-0.json").read_text())
+    assert (kept_by["rounds"], kept_by["centre_epochs"]) == (1, 17)
+    assert {"centre only", "federated", "on the device"} <= set(kept_by["variants"])
+    with pytest.raises(InputError, match="rounds = 1, which is 2 now"):
+        quality.run_cell("toy_regression", "federated", 0, replace(plan, rounds=2), quick=False)
